@@ -1,0 +1,1 @@
+"""Floor 1: words that every room uses. Imports the standard library only, and nothing of the floors above."""

@@ -1,0 +1,192 @@
+"""
+The errors of the house, one class per thing that somebody handles differently.
+
+Each knows whose fault it is, whether another try may help, how long to wait and its stable `code` for the wire. HTTP
+statuses are none of its business; `edge/encode.py` holds the only table. Messages name the value and the bound, never
+a caller's text: they end in answers and logs.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Fault(enum.StrEnum):
+    """Whose trouble it is."""
+
+    CALLER = "caller"
+    PROXY = "proxy"
+    UPSTREAM = "upstream"
+
+
+class EmbeddingError(Exception):
+    """Anything that keeps a request from its vectors."""
+
+    fault = Fault.PROXY
+    code = "internal_error"
+    can_retry = False
+    """Whether the same request may succeed later, here or at another upstream."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+# --- the caller's ---
+
+
+class InvalidRequest(EmbeddingError):
+    """The request makes no sense; it fails the same way each time."""
+
+    fault = Fault.CALLER
+    code = "invalid_request"
+
+
+class TooLarge(InvalidRequest):
+    """A body, a list or a text over its bound."""
+
+    code = "request_too_large"
+
+
+class UnknownModel(InvalidRequest):
+    """No such model here; the message lists the known ones."""
+
+    code = "model_not_found"
+
+
+class UnknownRoute(InvalidRequest):
+    """No such path."""
+
+    code = "unknown_url"
+
+
+class WrongMethod(InvalidRequest):
+    """The path exists, the method does not."""
+
+    code = "method_not_allowed"
+
+
+class WrongContentType(InvalidRequest):
+    """The body is not declared as JSON. Browsers can post forms across sites, but not JSON, so this is a wall too."""
+
+    code = "unsupported_media_type"
+
+
+class Unauthorized(InvalidRequest):
+    """Client keys are configured and this caller showed none of them."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    """This peer may not use this socket."""
+
+    code = "peer_not_allowed"
+
+
+class SlowBody(InvalidRequest):
+    """The body did not arrive in time."""
+
+    code = "body_timeout"
+
+
+# --- ours ---
+
+
+class Overloaded(EmbeddingError):
+    """As much is inside as the settings allow."""
+
+    code = "overloaded"
+    can_retry = True
+
+
+class NoUpstream(EmbeddingError):
+    """No upstream of the model has shown that it can serve it."""
+
+    fault = Fault.UPSTREAM
+    code = "no_upstream"
+    can_retry = True
+
+
+class DeadlineExceeded(EmbeddingError):
+    """The caller's patience ended before the vectors were there."""
+
+    code = "deadline_exceeded"
+    can_retry = True
+
+
+# --- the upstream's ---
+
+
+class CircuitOpen(EmbeddingError):
+    """The upstream failed again and again; it is left alone for a while."""
+
+    fault = Fault.UPSTREAM
+    code = "circuit_open"
+    can_retry = True
+
+
+class RateLimited(EmbeddingError):
+    """The upstream says: too many, later."""
+
+    fault = Fault.UPSTREAM
+    code = "rate_limit_exceeded"
+    can_retry = True
+
+
+class UpstreamTimeout(EmbeddingError):
+    """The upstream took longer than one attempt may."""
+
+    fault = Fault.UPSTREAM
+    code = "upstream_timeout"
+    can_retry = True
+
+
+class UpstreamFailed(EmbeddingError):
+    """The upstream could not be reached, broke off, or answered with an error of its own."""
+
+    fault = Fault.UPSTREAM
+    code = "upstream_failed"
+    can_retry = True
+
+
+class UpstreamDenied(EmbeddingError):
+    """The upstream does not accept our key or our account; no caller can mend that."""
+
+    fault = Fault.UPSTREAM
+    code = "upstream_denied"
+
+
+class BadVectors(EmbeddingError):
+    """The upstream's answer did not pass the gate: wrong count, order, width, or numbers that are none."""
+
+    fault = Fault.UPSTREAM
+    code = "bad_vectors"
+    can_retry = True
+
+
+class UpstreamRefused(EmbeddingError):
+    """The upstream found the request itself wrong, and said so with a 4xx of its own."""
+
+    fault = Fault.CALLER
+    code = "upstream_refused"
+
+    def __init__(
+        self, message: str, *, status: int, code: str | None = None, param: str | None = None, index: int | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param)
+        self.status = status
+        self.index = index
+        """Position of the culprit in its batch, where the upstream tells."""
+        self.key: bytes | None = None
+        """Key of the culprit: batches are cut and requests thinned out on the way, a key stays the same."""

@@ -1,0 +1,160 @@
+"""
+A Response → bytes of the answer; an error → status, headers and body.
+
+Pure. Holds the only table from error to HTTP answer. Rows go out as base64 or as JSON floats, whichever the caller
+asked for, whatever the upstream gave. Large answers come in pieces, so that no single one holds the event loop.
+
+Source: OpenAI API reference, "The embedding object" and "Error codes"; openai-python and openai-node for what their
+clients do with each status and header.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+import orjson
+
+from proxy.base import errors
+from proxy.base.errors import EmbeddingError
+from proxy.base.messages import Response, Row
+
+PIECE_BYTES = 256 * 1024
+"""About as much as is encoded in 2 ms (floats); between two pieces other callers get their turn."""
+
+_FLOAT_CHARS = 11
+"""What a float32 takes in JSON on average, comma included."""
+
+
+# --- vectors ---
+
+
+def pieces(response: Response, *, base64: bool, model: str) -> Iterator[bytes]:
+    """
+    Spell the answer.
+
+    Args:
+        response: the rows, by position.
+        base64: as base64 of little-endian float32, else as a list of numbers.
+        model: the name to put into the answer.
+
+    Yields:
+        Pieces of one JSON document, each of some PIECE_BYTES at the most (and at least one row).
+    """
+    spell = _base64 if base64 else _floats
+    rows = response.rows
+    row_bytes = len(rows[0]) if rows else 1
+    spelled_bytes = row_bytes * 4 // 3 if base64 else row_bytes // 4 * _FLOAT_CHARS
+    step = max(1, PIECE_BYTES // max(1, spelled_bytes))
+    start = b'{"object":"list","data":['
+    for first in range(0, len(rows), step):
+        items = [
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, spell(row))
+            for index, row in enumerate(rows[first : first + step], first)
+        ]
+        last = first + step >= len(rows)
+        yield start + b",".join(items) + (_tail(response, model) if last else b",")
+        start = b""
+
+
+def _tail(response: Response, model: str) -> bytes:
+    return b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
+        orjson.dumps(model),
+        response.tokens,
+        response.tokens,
+    )
+
+
+def _base64(row: Row) -> bytes:
+    return b'"%b"' % binascii.b2a_base64(row, newline=False)
+
+
+def _floats(row: Row) -> bytes:
+    # orjson writes the shortest digits that give the same float32 again, straight from the buffer.
+    return orjson.dumps(numpy.frombuffer(row, dtype="<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+# --- headers ---
+
+
+def timing(queue_s: float, upstream_s: float, total_s: float) -> str:
+    """Spell the value of `Server-Timing`, milliseconds each."""
+    return f"queue;dur={queue_s * 1e3:.2f}, upstream;dur={upstream_s * 1e3:.2f}, total;dur={total_s * 1e3:.2f}"
+
+
+def cache(response: Response) -> str:
+    """Spell the value of `X-Embedding-Cache`."""
+    if response.hits == 0:
+        return "miss"
+    return "hit" if response.hits == len(response.rows) else "partial"
+
+
+def truncated(indexes: tuple[int, ...], limit: int = 32) -> str:
+    """Spell the value of `X-Embedding-Truncated`: positions, and how many more there are."""
+    named = ",".join(map(str, indexes[:limit]))
+    return named if len(indexes) <= limit else f"{named},+{len(indexes) - limit}"
+
+
+# --- errors ---
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error as HTTP."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+_ANSWERS: dict[type[EmbeddingError], tuple[int, str, bool]] = {
+    # error: status, `type` in the body, whether the caller's SDK should try again. Where we have tried ourselves the
+    # SDK should not: three of our attempts times its three are nine calls to an upstream in trouble.
+    errors.InvalidRequest: (400, "invalid_request_error", False),
+    errors.TooLarge: (413, "invalid_request_error", False),
+    errors.UnknownModel: (404, "invalid_request_error", False),
+    errors.UnknownRoute: (404, "invalid_request_error", False),
+    errors.WrongMethod: (405, "invalid_request_error", False),
+    errors.WrongContentType: (415, "invalid_request_error", False),
+    errors.Unauthorized: (401, "invalid_request_error", False),
+    errors.Forbidden: (403, "permission_error", False),
+    errors.SlowBody: (408, "invalid_request_error", False),
+    errors.Overloaded: (503, "overloaded_error", True),
+    errors.NoUpstream: (503, "upstream_error", True),
+    errors.CircuitOpen: (503, "upstream_error", True),
+    errors.RateLimited: (429, "rate_limit_error", True),
+    errors.DeadlineExceeded: (504, "timeout_error", False),
+    errors.UpstreamTimeout: (504, "upstream_error", False),
+    errors.UpstreamFailed: (502, "upstream_error", False),
+    errors.UpstreamDenied: (502, "upstream_error", False),
+    errors.BadVectors: (502, "upstream_error", False),
+    EmbeddingError: (500, "internal_error", False),
+}
+
+
+def error_answer(error: EmbeddingError, keys: tuple[bytes, ...] = ()) -> ErrorAnswer:
+    """
+    Spell an error in OpenAI's shape, so that each SDK raises its own right exception.
+
+    Args:
+        error: what went wrong.
+        keys: the request's keys, where it got that far: they tell the position of a culprit.
+
+    SDKs try 408, 409, 429 and 5xx again by themselves; `x-should-retry: false` stops them where it is useless, and
+    `Retry-After`, in whole seconds since some read nothing else, tells them when.
+    """
+    param = error.param
+    if isinstance(error, errors.UpstreamRefused):
+        status, kind, should_retry = error.status, "invalid_request_error", False
+        if error.key in keys:
+            param = f"input[{keys.index(error.key)}]"
+    else:
+        status, kind, should_retry = next(_ANSWERS[base] for base in type(error).__mro__ if base in _ANSWERS)
+    headers = {"x-should-retry": "true" if should_retry else "false"}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    body = orjson.dumps({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}})
+    return ErrorAnswer(status, headers, body)

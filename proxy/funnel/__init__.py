@@ -1,0 +1,1 @@
+"""Floor 2, many callers become few calls: admission → cache → coalesce → microbatch. asyncio, no HTTP."""

@@ -1,0 +1,95 @@
+"""
+Vectors that were computed before.
+
+Per input, so one new text among a thousand known ones costs one. Filled only with rows that passed the gate. Stands
+before coalesce: a hit needs nobody. A reload hands the same store on, since a key names its vector space.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from proxy.base.events import CacheLookedUp, Observer
+from proxy.base.messages import Request, Response, Row
+from proxy.base.settings import CacheSettings
+from proxy.base.stage import Snapshot, Stage
+
+ENTRY_BYTES = 250
+"""What an entry takes besides its row: key, two objects, its place in the dict (measured with tracemalloc: 230)."""
+
+
+class CacheStore:
+    """Rows by key, the least recently used leaving first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._rows: OrderedDict[bytes, Row] = OrderedDict()
+        self._bytes = 0
+        self._evicted = 0
+
+    def resize(self, max_bytes: int) -> None:
+        """Take another bound; what is over it leaves."""
+        self._max_bytes = max_bytes
+        self._evict()
+
+    def get(self, key: bytes) -> Row | None:
+        row = self._rows.get(key)
+        if row is not None:
+            self._rows.move_to_end(key)
+        return row
+
+    def put(self, key: bytes, row: Row) -> None:
+        old = self._rows.pop(key, None)
+        self._bytes += len(row) + ENTRY_BYTES - (len(old) + ENTRY_BYTES if old is not None else 0)
+        self._rows[key] = row
+        self._evict()
+
+    def _evict(self) -> None:
+        while self._bytes > self._max_bytes:
+            _, row = self._rows.popitem(last=False)
+            self._bytes -= len(row) + ENTRY_BYTES
+            self._evicted += 1
+
+    def snapshot(self) -> Snapshot:
+        return {
+            "entries": len(self._rows),
+            "bytes": self._bytes,
+            "max_bytes": self._max_bytes,
+            "evicted_entries": self._evicted,
+        }
+
+
+class Cache:
+    """Answers what the store knows and asks the next stage for the rest."""
+
+    def __init__(
+        self, settings: CacheSettings, inner: Stage[Request, Response], *, store: CacheStore, observe: Observer
+    ) -> None:
+        self._is_off = settings.max_bytes == 0
+        self._inner = inner
+        self._store = store
+        self._observe = observe
+
+    async def __call__(self, request: Request) -> Response:
+        if self._is_off:
+            return await self._inner(request)
+        rows: list[Row | None]
+        rows = [None] * len(request.keys) if request.no_cache else [self._store.get(key) for key in request.keys]
+        missing = [index for index, row in enumerate(rows) if row is None]
+        hits = len(rows) - len(missing)
+        self._observe(CacheLookedUp(request.spec.model, hits, len(missing)))
+        if not missing:
+            return Response(tuple(row for row in rows if row is not None), tokens=0, hits=hits)
+        response = await self._inner(request.part(missing) if hits else request)
+        for index, row in zip(missing, response.rows, strict=True):
+            rows[index] = row
+            if not request.no_store:
+                self._store.put(request.keys[index], row)
+        return replace(response, rows=tuple(row for row in rows if row is not None), hits=hits)
+
+    def snapshot(self) -> Snapshot:
+        return self._store.snapshot()
+
+    async def aclose(self) -> None:
+        """The store outlives the stage: the next pipeline goes on with it."""

@@ -1,0 +1,125 @@
+"""
+Single-flight: equal inputs that are asked for at the same time are computed once.
+
+Equal means equal keys, also within one request. The first to ask for a key leads, the others follow. A flight belongs
+to all who wait for it: when one of them leaves, leader or not, the others keep it; when the last one leaves, it is
+cancelled. A leader's own trouble (its request was refused, its deadline came) is its own: the followers ask again for
+themselves. An upstream's trouble is everybody's.
+
+Source: golang.org/x/sync/singleflight for the term; async-lru counts its waiters in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from proxy.base.errors import DeadlineExceeded, EmbeddingError, Fault
+from proxy.base.events import InputsJoined, Observer
+from proxy.base.messages import Request, Response, Row
+from proxy.base.stage import Snapshot, Stage
+
+
+class _Flight:
+    """One call of the next stage, for some keys, and how many requests wait for it."""
+
+    __slots__ = ("rows", "task", "waiters")
+
+    def __init__(self, task: asyncio.Task[Response], keys: tuple[bytes, ...]) -> None:
+        self.task = task
+        self.rows = {key: index for index, key in enumerate(keys)}
+        self.waiters = 0
+
+    def row(self, key: bytes) -> Row:
+        return self.task.result().rows[self.rows[key]]
+
+
+def is_leaders_own(error: BaseException) -> bool:
+    """Whether a flight failed for a reason that its followers do not share."""
+    if isinstance(error, EmbeddingError):
+        return error.fault is Fault.CALLER or isinstance(error, DeadlineExceeded)
+    return isinstance(error, asyncio.CancelledError)
+
+
+class Coalesce:
+    """Knows what is in flight, and lets equal inputs share it."""
+
+    def __init__(self, inner: Stage[Request, Response], *, observe: Observer) -> None:
+        self._inner = inner
+        self._observe = observe
+        self._flights: dict[bytes, _Flight] = {}
+
+    async def __call__(self, request: Request) -> Response:
+        rows: dict[bytes, Row] = {}
+        response = Response((), tokens=0)
+        while missing := [key for key in dict.fromkeys(request.keys) if key not in rows]:
+            own, joined = self._board(request, missing)
+            flights = {*joined.values(), *([own] if own else [])}
+            await self._landed(flights)
+            if own:
+                response = own.task.result()  # raises what befell our own call
+                rows.update(zip(own.rows, response.rows, strict=True))
+            for key, flight in joined.items():
+                error = _failure(flight.task)
+                if error is None:
+                    rows[key] = flight.row(key)
+                elif not is_leaders_own(error):
+                    raise error
+        return replace(response, rows=tuple(rows[key] for key in request.keys))
+
+    def _board(self, request: Request, keys: list[bytes]) -> tuple[_Flight | None, dict[bytes, _Flight]]:
+        """Join the flights that are under way, and start one for the other keys. Nothing waits in here."""
+        joined = {key: flight for key in keys if (flight := self._flights.get(key)) and not flight.task.done()}
+        own_keys = [key for key in keys if key not in joined]
+        shared = len(request.keys) - len(own_keys)
+        if shared:
+            self._observe(InputsJoined(request.spec.model, shared))
+        if not own_keys:
+            return None, joined
+        if len(own_keys) < len(request.keys):
+            place = {key: index for index, key in reversed(list(enumerate(request.keys)))}
+            request = request.part([place[key] for key in own_keys])
+        flight = _Flight(asyncio.create_task(self._fly(request)), request.keys)
+        self._flights.update(dict.fromkeys(own_keys, flight))
+        flight.task.add_done_callback(lambda _: self._landed_at_last(flight))
+        return flight, joined
+
+    async def _fly(self, request: Request) -> Response:
+        return await self._inner(request)
+
+    def _forget(self, flight: _Flight) -> None:
+        """Let nobody join any more."""
+        for key in flight.rows:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+    def _landed_at_last(self, flight: _Flight) -> None:
+        self._forget(flight)
+        _failure(flight.task)  # looked at: asyncio reports errors that nobody saw, and all waiters may have left
+
+    async def _landed(self, flights: set[_Flight]) -> None:
+        """Wait for all of them; who leaves earlier takes back its interest."""
+        for flight in flights:
+            flight.waiters += 1
+        try:
+            await asyncio.wait({flight.task for flight in flights})
+        finally:
+            for flight in flights:
+                flight.waiters -= 1
+                if not flight.waiters and not flight.task.done():
+                    flight.task.cancel()
+                    self._forget(flight)
+
+    def snapshot(self) -> Snapshot:
+        return {"inputs_in_flight": len(self._flights)}
+
+    async def aclose(self) -> None:
+        """End what is still in flight; there is nothing when all requests have been answered."""
+        tasks = {flight.task for flight in self._flights.values()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failure(task: asyncio.Task[Response]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -1,0 +1,251 @@
+"""
+Who computes: the choice among the upstreams of a model, and the slots of each.
+
+Only upstreams that have shown a right vector take part. Each embeds a canary text, at the start and from time to time;
+its vector has to have the model's width and, where a model has several upstreams, to lie where the first one's lies.
+Two servers that merely answer to the same name are not the same space, and a wrong vector is worse than none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy
+
+from proxy.base.clock import Clock
+from proxy.base.errors import CircuitOpen, EmbeddingError, NoUpstream
+from proxy.base.events import CanaryFinished, Observer
+from proxy.base.messages import FLOAT32_BYTES, Answer, Batch, Row, Spec
+from proxy.base.settings import ModelSettings
+from proxy.base.stage import Snapshot, Stage
+
+CANARY = "The quick brown fox jumps over the lazy dog."
+"""A sentence that every tokenizer knows, short enough to cost nothing."""
+
+LEAST_COSINE = 0.999
+"""Batch size and float width move a vector by 1e-4 at the most; another model moves it by tenths."""
+
+
+class Upstream:
+    """One server and its slots; models share it."""
+
+    def __init__(
+        self, name: str, inner: Stage[Batch, Answer], *, slots: int, refuses_s: Callable[[float], float]
+    ) -> None:
+        """
+        Args:
+            name: the upstream's name.
+            inner: bucket, circuit and what follows, for this upstream.
+            slots: concurrent calls.
+            refuses_s: how long from an instant on its breaker will refuse calls; zero when it passes them.
+        """
+        self.name = name
+        self.inner = inner
+        self.slots = slots
+        self.refuses_s = refuses_s
+        self.asked = 0
+        """Calls that hold a slot or wait for one."""
+        self._free = asyncio.Semaphore(slots)
+
+    async def call(self, batch: Batch, clock: Clock) -> Answer:
+        """Wait for a slot, first come first served, and use it."""
+        start = clock.now()
+        self.asked += 1
+        try:
+            async with self._free:
+                answer = await self.inner(batch)
+                return replace(answer, queue_s=clock.now() - start - answer.upstream_s)
+        finally:
+            self.asked -= 1
+
+    @property
+    def load(self) -> float:
+        return self.asked / self.slots
+
+
+@dataclass(slots=True)
+class Member:
+    """An upstream's standing within one model."""
+
+    upstream: Upstream
+    is_verified: bool = False
+    problem: str = "its first canary has not come back yet"
+    """Why it was refused, or why the last canary failed; empty when all is well."""
+    canary: Row | None = field(default=None, repr=False)
+    good_at: float | None = None
+    """Instant of its last right vector, canary or not."""
+
+
+def flaw(canary: Row, reference: Row | None, width: int) -> str:
+    """
+    Say what is wrong with a canary's vector; empty when nothing is.
+
+    Args:
+        canary: the vector that came.
+        reference: the vector that another upstream of the model gave, if any.
+        width: what the settings say; 0 when they leave it open.
+    """
+    found = len(canary) // FLOAT32_BYTES
+    wanted = width or (len(reference) // FLOAT32_BYTES if reference else found)
+    if found != wanted:
+        return f"its vectors have {found} numbers, the model's have {wanted}"
+    if reference is not None:
+        ours, theirs = numpy.frombuffer(canary, "<f4"), numpy.frombuffer(reference, "<f4")
+        cosine = float(ours @ theirs / (numpy.linalg.norm(ours) * numpy.linalg.norm(theirs)))
+        if cosine < LEAST_COSINE:
+            return (
+                f"its vectors lie elsewhere: cosine {cosine:.4f} to the model's first upstream, {LEAST_COSINE} is due"
+            )
+    return ""
+
+
+class Balance:
+    """Sends each batch to an upstream of its model."""
+
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
+
+    async def __call__(self, batch: Batch) -> Answer:
+        """
+        Raises:
+            NoUpstream: none has shown a right vector.
+            CircuitOpen: all that have are left alone for now.
+        """
+        return await self._models[batch.spec.model](batch)
+
+    async def sing(self, model: str, deadline: float) -> bool:
+        """
+        Ask each upstream of a model for the canary's vector.
+
+        Returns:
+            Whether all of them gave a right one.
+        """
+        return await self._models[model].sing(deadline)
+
+    def problems(self) -> dict[str, str]:
+        """Say by model why it cannot be served; empty where at least one upstream can."""
+        return {name: model.problem() for name, model in self._models.items()}
+
+    def snapshot(self) -> Snapshot:
+        return {name: model.snapshot() for name, model in self._models.items()}
+
+    async def aclose(self) -> None:
+        """Close the upstreams, each once: models share them."""
+        for upstream in {u.name: u for model in self._models.values() for u in model.upstreams()}.values():
+            await upstream.inner.aclose()
+
+
+class Model:
+    """The upstreams of one model."""
+
+    def __init__(
+        self, name: str, settings: ModelSettings, upstreams: Sequence[Upstream], *, clock: Clock, observe: Observer
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._clock = clock
+        self._observe = observe
+        self._members = [Member(upstream) for upstream in upstreams]
+        self._first_round = asyncio.Event()
+
+    async def __call__(self, batch: Batch) -> Answer:
+        if not self._first_round.is_set():
+            await self._first_round.wait()
+        member = self._chosen(self._clock.now())
+        width = batch.spec.dimensions or self.width
+        answer = await member.upstream.call(
+            replace(batch, model=self._settings.upstream_model or self._name, width=width), self._clock
+        )
+        member.good_at = self._clock.now()
+        return answer
+
+    def _chosen(self, now: float) -> Member:
+        verified = [member for member in self._members if member.is_verified]
+        if not verified:
+            problems = "; ".join(f"{m.upstream.name}: {m.problem}" for m in self._members)
+            raise NoUpstream(f"no upstream of model {self._name!r} is ready ({problems})", retry_after_s=1.0)
+        waits = [member.upstream.refuses_s(now) for member in verified]
+        passing = [member for member, wait in zip(verified, waits, strict=True) if wait <= 0]
+        if not passing:
+            names = ", ".join(member.upstream.name for member in verified)
+            raise CircuitOpen(f"{names} failed repeatedly and is left alone for now", retry_after_s=min(waits))
+        return min(passing, key=lambda member: member.upstream.load)
+
+    @property
+    def width(self) -> int | None:
+        """Width of the model's own vectors: what the settings say, else what the first right canary had."""
+        canary = self._reference()
+        return self._settings.dimensions or (len(canary) // FLOAT32_BYTES if canary else None)
+
+    def _reference(self, besides: Member | None = None) -> Row | None:
+        for member in self._members:
+            if member is not besides and member.is_verified:
+                return member.canary
+        return None
+
+    # --- canaries ---
+
+    async def sing(self, deadline: float) -> bool:
+        for member in self._members:  # in their order: the first right one is the reference for the others
+            await self._sung(member, deadline)
+        self._first_round.set()
+        return not any(member.problem for member in self._members)
+
+    async def _sung(self, member: Member, deadline: float) -> None:
+        start = self._clock.now()
+        batch = Batch(
+            spec=Spec(self._name),
+            inputs=(CANARY,),
+            size_bytes=len(CANARY),
+            deadline=deadline,
+            model=self._settings.upstream_model or self._name,
+        )
+        before = (member.is_verified, member.problem)
+        try:
+            async with self._clock.timeout_at(deadline):
+                answer = await member.upstream.call(batch, self._clock)
+        except TimeoutError:
+            member.problem = f"its canary took longer than {deadline - start:.3g} s"
+        except EmbeddingError as error:
+            member.problem = error.message
+        else:
+            canary = answer.rows[0]
+            member.problem = flaw(canary, self._reference(besides=member), self._settings.dimensions)
+            member.is_verified = not member.problem
+            if not member.problem:
+                member.canary, member.good_at = canary, self._clock.now()
+        self._observe(
+            CanaryFinished(
+                self._name,
+                member.upstream.name,
+                self._clock.now() - start,
+                member.problem,
+                changed=before != (member.is_verified, member.problem),
+            )
+        )
+
+    def upstreams(self) -> list[Upstream]:
+        return [member.upstream for member in self._members]
+
+    def problem(self) -> str:
+        if any(member.is_verified for member in self._members):
+            return ""
+        return "; ".join(f"{member.upstream.name}: {member.problem}" for member in self._members)
+
+    def snapshot(self) -> Snapshot:
+        now = self._clock.now()
+        return {
+            "dimensions": self.width,
+            "upstreams": {
+                member.upstream.name: {
+                    "is_verified": member.is_verified,
+                    "problem": member.problem,
+                    "right_vector_age_s": None if member.good_at is None else round(now - member.good_at, 3),
+                    "calls": member.upstream.asked,
+                    "slots": member.upstream.slots,
+                }
+                for member in self._members
+            },
+        }

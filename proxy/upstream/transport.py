@@ -1,0 +1,216 @@
+"""
+The wire to one upstream: one batch, one exchange, within its time.
+
+Home of aiohttp's client. Its exceptions get our names here. The pool is bounded; an idle connection is reused for a
+shorter time than the upstream keeps it; where one turns out to be closed all the same, before the first byte of an
+answer, the exchange goes out once more at once: an embedding computed twice harms nobody, and it is not a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import ssl
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+
+from proxy.base.clock import Clock
+from proxy.base.errors import BadVectors, DeadlineExceeded, EmbeddingError, UpstreamFailed, UpstreamTimeout
+from proxy.base.events import AttemptFinished, ConnectionStale, Observer
+from proxy.base.messages import Answer, Batch
+from proxy.base.settings import TransportSettings
+from proxy.base.stage import Snapshot
+from proxy.upstream.translate import Dialect, HttpCall
+from proxy.upstream.vectors import gate
+
+FAIR_TIME_S = 5.0
+"""A deadline that cuts an attempt shorter than this is the caller's impatience; beyond it, the upstream is slow."""
+
+_ANSWER_MARGIN_S = 0.02
+"""An attempt ends this long before its deadline, so that the caller's answer is out by then."""
+
+
+class Transport:
+    """Sends batches to one upstream and gates what comes back."""
+
+    def __init__(
+        self,
+        name: str,
+        dialect: Dialect,
+        settings: TransportSettings,
+        *,
+        slots: int,
+        keepalive_s: float,
+        tls: ssl.SSLContext | bool,
+        clock: Clock,
+        observe: Observer,
+    ) -> None:
+        """
+        Args:
+            name: the upstream's name.
+            dialect: how it is spoken to.
+            settings: times and bounds.
+            slots: concurrent calls, and so connections.
+            keepalive_s: how long an idle connection is reused.
+            tls: what to trust and show; see `tls_context()`.
+            clock: where time comes from.
+            observe: who is told of each attempt.
+        """
+        self._name = name
+        self._dialect = dialect
+        self._settings = settings
+        self._slots = slots
+        self._keepalive_s = keepalive_s
+        self._tls = tls
+        self._clock = clock
+        self._observe = observe
+        self._session: aiohttp.ClientSession | None = None
+        # vLLM takes this for its own id of the request: two alike at a time break it.
+        start = os.urandom(5).hex()
+        self._ids = (f"{start}-{n}" for n in itertools.count(1))
+
+    async def __call__(self, batch: Batch) -> Answer:
+        """
+        Raises:
+            DeadlineExceeded: too little time was left.
+            UpstreamTimeout, UpstreamFailed, BadVectors, …: the attempt failed; see `base/errors.py`.
+        """
+        start = self._clock.now()
+        code = "ignored"
+        tokens = 0
+        try:
+            raw = await self._exchanged(batch, start)
+            rows = gate(raw.vectors, count=len(batch.inputs), width=batch.width)
+            code, tokens = "", raw.tokens
+        except EmbeddingError as error:
+            code = error.code
+            raise
+        finally:
+            seconds = self._clock.now() - start
+            self._observe(AttemptFinished(self._name, code, seconds, len(batch.inputs), tokens))
+        return Answer(rows, raw.tokens, self._name, upstream_s=seconds)
+
+    async def _exchanged(self, batch: Batch, start: float) -> Any:
+        settings = self._settings
+        patience_s = batch.deadline - start - _ANSWER_MARGIN_S
+        if patience_s <= 0:
+            raise DeadlineExceeded("no time was left to ask the upstream")
+        limit_s = min(settings.attempt_timeout_s, patience_s)
+        try:
+            async with self._clock.timeout_at(start + limit_s):
+                status, headers, body = await self._sent(self._dialect.call(batch))
+        except TimeoutError:
+            waited_s = self._clock.now() - start
+            message = f"upstream {self._name!r} did not answer within {waited_s:.3g} s"
+            if limit_s < min(settings.attempt_timeout_s, FAIR_TIME_S) and waited_s >= limit_s:
+                raise DeadlineExceeded(message) from None
+            raise UpstreamTimeout(message) from None
+        return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
+
+    async def _sent(self, call: HttpCall) -> tuple[int, Any, bytes]:
+        """Send a call, once more where a pooled connection was stale, and give foreign exceptions our names."""
+        for _ in range(2):
+            trace = SimpleNamespace(is_reused=False)
+            try:
+                return await self._posted(call, trace)
+            except aiohttp.ServerTimeoutError:
+                raise  # a TimeoutError too: connecting took too long
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                is_stale = trace.is_reused and not isinstance(error, aiohttp.ClientConnectorError)
+                if not is_stale:
+                    raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
+                self._observe(ConnectionStale(self._name))
+            except aiohttp.ClientError as error:
+                raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
+        raise UpstreamFailed(f"upstream {self._name!r} closed two pooled connections before it answered")
+
+    async def _posted(self, call: HttpCall, trace: SimpleNamespace) -> tuple[int, Any, bytes]:
+        session = self._session or self._opened()
+        headers = {**call.headers, "X-Request-Id": next(self._ids)}
+        async with session.post(
+            call.url,
+            data=call.body,
+            headers=headers,
+            trace_request_ctx=trace,
+            allow_redirects=False,  # a redirect would carry the key to whoever it names
+            proxy=self._settings.http_proxy or None,
+        ) as response:
+            return response.status, response.headers, await self._read(response)
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        """Read the whole body, bounded: `content_length` is the server's claim, the sum is what counts."""
+        bound = self._settings.max_answer_bytes
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in response.content.iter_any():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > bound:
+                raise BadVectors(f"the answer of upstream {self._name!r} has more than {bound} bytes, the bound")
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        """Open the pool. Not before the first call: it belongs to the loop that runs then."""
+
+        async def reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
+            context.trace_request_ctx.is_reused = True
+
+        config = aiohttp.TraceConfig()
+        config.on_connection_reuseconn.append(reused)
+        connector = aiohttp.TCPConnector(
+            limit=self._slots + 1,  # one more than the slots, for the canary
+            keepalive_timeout=self._keepalive_s,
+            ttl_dns_cache=max(1, int(self._settings.dns_ttl_s)),
+            ssl=self._tls,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._settings.connect_timeout_s),
+            trace_configs=[config],
+            trust_env=not self._settings.http_proxy,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self._session
+
+    def snapshot(self) -> Snapshot:
+        return {"keepalive_s": self._keepalive_s, "slots": self._slots}
+
+    async def aclose(self) -> None:
+        """Close the pool and wait until its sockets are gone."""
+        if self._session is not None:
+            await self._session.close()
+            await asyncio.sleep(0)
+
+
+def tls_context(settings: TransportSettings) -> ssl.SSLContext | bool:
+    """
+    Make what TLS trusts and shows; True, aiohttp's default, where the settings say nothing.
+
+    Raises:
+        OSError, ssl.SSLError: a file is missing or is not what it should be.
+    """
+    if not settings.ca_file and not settings.client_cert_file:
+        return True
+    context = ssl.create_default_context(cafile=settings.ca_file or None)
+    if settings.client_cert_file:
+        context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None)
+    return context
+
+
+def _reason(error: aiohttp.ClientError) -> str:
+    """Say what went wrong in words of our own: a foreign message may hold anything."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return "its TLS certificate or handshake was not accepted (transport.ca_file names the CAs to trust)"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"its name {error.host!r} is not known"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"no connection to {error.host}:{error.port}: {os.strerror(error.errno) if error.errno else 'failed'}"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "its answer broke off"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+        return "it closed the connection before it answered"
+    return f"{type(error).__name__}"
