@@ -43,6 +43,9 @@ from proxy.edge.decode import Asked, content_type, decode, request_id
 CLIENT_LEFT = 499
 """What nginx logs when the caller was gone before the answer; it never goes over the wire."""
 
+SERVER = "embedding-sidecar"
+"""Instead of aiohttp's, which tells its version to everybody."""
+
 _PEERCRED = struct.Struct("3i")
 
 
@@ -152,15 +155,24 @@ class Accept:
             return await self._route(http, facts)
         except EmbeddingError as error:
             facts.error = error
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
             # A bug of ours. Its message may quote a caller's text, so only its place is told.
             facts.error = EmbeddingError(f"internal error {type(error).__name__} at {_place(error)}")
-        if http.transport is None:
-            raise ConnectionResetError
         answer = encode.error_answer(facts.error, facts.asked.request.keys if facts.asked else ())
         return await self._send(http, facts, answer.status, answer.headers, answer.body)
+
+    def malformed(self, listener: str) -> web.Response:
+        """Answer what is no HTTP at all, which the server notices before there is a request to handle."""
+        error = InvalidRequest("this is not well-formed HTTP/1.1", code="malformed_http")
+        answer = encode.error_answer(error)
+        facts = _Facts(next(self._ids), listener, status=answer.status, answer_bytes=len(answer.body), error=error)
+        self._tell("other", facts, 0.0)
+        headers = {"X-Request-Id": facts.request_id, "Content-Type": "application/json", "Server": SERVER}
+        response = web.Response(status=answer.status, headers=answer.headers | headers, body=answer.body)
+        response.force_close()
+        return response
 
     # --- routes ---
 
@@ -265,8 +277,7 @@ class Accept:
         content_type: str = "application/json",
     ) -> web.StreamResponse:
         """Write the whole answer, within the time that a caller has to take it."""
-        headers["X-Request-Id"] = facts.request_id
-        headers["Content-Type"] = content_type
+        headers |= {"X-Request-Id": facts.request_id, "Content-Type": content_type, "Server": SERVER}
         more = more or iter(())
         piece = next(more, None)
         answer: web.StreamResponse

@@ -14,7 +14,7 @@ import functools
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,16 +216,16 @@ class Server:
         self._listeners = listeners
         self._settings = settings
         self._clock = clock
-        self._servers: list[web.Server] = []
+        self._servers: list[_Server] = []
         self._acceptors: list[asyncio.Server] = []
 
     async def start(self) -> None:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
-            server = web.Server(
-                functools.partial(self._accept, listener=listener.name),
-                handler_cancellation=True,
+            server = _Server(
+                self._accept,
+                listener.name,
                 keepalive_timeout=self._settings.keepalive_timeout_s,
                 lingering_time=_LINGERING_S,
                 access_log=None,
@@ -237,7 +237,7 @@ class Server:
             )
             self._acceptors.append(acceptor)
 
-    def _protocol(self, server: web.Server) -> asyncio.Protocol:
+    def _protocol(self, server: _Server) -> asyncio.Protocol:
         return server() if self.connections < self._settings.max_connections else _Refusal()
 
     @property
@@ -275,6 +275,45 @@ class Server:
 
     def snapshot(self) -> Mapping[str, Any]:
         return {"connections": self.connections, "listeners": [f"{x.name}:{x.address}" for x in self._listeners]}
+
+
+class _Server(web.Server):
+    """aiohttp's low-level server, whose connections spell errors as we do."""
+
+    def __init__(self, accept: Accept, listener: str, **options: Any) -> None:
+        super().__init__(functools.partial(accept, listener=listener), handler_cancellation=True, **options)
+        self._accept = accept
+        self._listener = listener
+
+    def __call__(self) -> web.RequestHandler:
+        malformed = functools.partial(self._accept.malformed, self._listener)
+        return _Connection(self, loop=asyncio.get_running_loop(), malformed=malformed, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    """
+    One connection of a caller.
+
+    Handlers of ours raise nothing but for a caller that has left, so what arrives here is no HTTP. aiohttp would quote
+    it, in its answer and in the log; it may be anybody's text.
+    """
+
+    __slots__ = ("_malformed",)
+
+    def __init__(self, manager: web.Server, *, malformed: Callable[[], web.Response], **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._malformed = malformed
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            return web.Response()  # to nobody
+        return self._malformed()
 
 
 class _Refusal(asyncio.Protocol):

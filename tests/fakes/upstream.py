@@ -81,9 +81,9 @@ class FakeUpstream:
 
     async def __aenter__(self) -> FakeUpstream:
         self._server = web.Server(self._handle, keepalive_timeout=self._keepalive_s, handler_cancellation=True)
-        self._runner = web.ServerRunner(self._server)
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await self._site.start()
         self.port = self._runner.addresses[0][1]
         return self
