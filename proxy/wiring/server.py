@@ -33,6 +33,9 @@ _LINGERING_S = 2.0
 
 _POLL_S = 0.02
 
+_CUT_OFF_S = 0.01
+"""What is left after the drain ends now. Not zero: aiohttp takes that for no bound at all."""
+
 
 class ListenError(Exception):
     """A listener cannot be opened; says why and what to do."""
@@ -271,7 +274,7 @@ class Server:
             await self._clock.sleep(_POLL_S)
         for server in self._servers:
             server.pre_shutdown()
-            await server.shutdown(timeout=0)
+            await server.shutdown(timeout=_CUT_OFF_S)
 
     def snapshot(self) -> Mapping[str, Any]:
         return {"connections": self.connections, "listeners": [f"{x.name}:{x.address}" for x in self._listeners]}

@@ -22,6 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
 
+HAND_OVER = """
+import os, sys
+end = sys.argv.index("--")
+held = [os.dup2(int(fd), 200 + n) for n, fd in enumerate(sys.argv[1:end])]
+for n, fd in enumerate(held):
+    os.dup2(fd, 3 + n)
+    os.close(fd)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[end + 1], sys.argv[end + 1:])
+"""
+"""What a service manager does between fork and exec: the numbers start at 3, and LISTEN_PID names the process."""
+
 
 def python() -> str:
     """Return the Python that has the proxy's dependencies: this one, or the one of the project's own environment."""
@@ -68,10 +80,8 @@ class Sidecar:
         command = [python(), "-m", "proxy", "run", "--config", str(self.config_path)]
         if self._sockets:
             environ["LISTEN_FDS"] = str(len(self._sockets))
-            # LISTEN_PID has to name the process itself; the numbers have to start at 3.
             fds = [s.fileno() for s in self._sockets]
-            moves = " ".join(f"{3 + i}<&{fd}" for i, fd in enumerate(fds))
-            command = ["sh", "-c", f'export LISTEN_PID=$$; exec "$@" {moves}', "sh", *command]
+            command = [python(), "-c", HAND_OVER, *map(str, fds), "--", *command]
             return subprocess.Popen(command, env=environ, stderr=self._log, pass_fds=fds)
         return subprocess.Popen(command, env=environ, stderr=self._log)
 

@@ -49,6 +49,8 @@ class Fault:
     """Never answer."""
     reset: bool = False
     """Reset the connection without an answer."""
+    raw: bytes | None = None
+    """Write these bytes, which need not be HTTP, then close."""
     cut_body: bool = False
     """Send half of the body, then close."""
     status: int = 200
@@ -65,7 +67,7 @@ OK = Fault()
 class FakeUpstream:
     """`async with FakeUpstream() as upstream:` serves at `upstream.base_url`."""
 
-    def __init__(self, *, width: int = 8, has_base64: bool = True, keepalive_s: float = 75.0) -> None:
+    def __init__(self, *, width: int = 8, has_base64: bool = True, keepalive_s: float = 75.0, tls: Any = None) -> None:
         self.width = width
         self.seen: list[Seen] = []
         self.script: list[Fault] = []
@@ -78,12 +80,13 @@ class FakeUpstream:
         """The proxy's canary is answered rightly and not counted, whatever the script says."""
         self._has_base64 = has_base64
         self._keepalive_s = keepalive_s
+        self._tls = tls
 
     async def __aenter__(self) -> FakeUpstream:
         self._server = web.Server(self._handle, keepalive_timeout=self._keepalive_s, handler_cancellation=True)
         self._runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        self._site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls)
         await self._site.start()
         self.port = self._runner.addresses[0][1]
         return self
@@ -93,7 +96,12 @@ class FakeUpstream:
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
+
+    def hang_up(self) -> None:
+        """Close all connections; the other side finds out when the loop turns."""
+        for connection in self.connections:
+            connection.close()
 
     def toml(self, **model: Any) -> str:
         """Settings of a proxy that has this for its only upstream, with model `m`."""
@@ -153,6 +161,10 @@ class FakeUpstream:
             await asyncio.Event().wait()
         if fault.reset:
             http.transport.abort()
+            raise ConnectionResetError
+        if fault.raw is not None:
+            http.transport.write(fault.raw)  # type: ignore[attr-defined]
+            http.transport.close()
             raise ConnectionResetError
         if fault.status != 200 or fault.body is not None:
             given = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
