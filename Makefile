@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check format test-clients test-real docs clean help
+.PHONY: run test check format test-clients test-real figures docs clean help
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ test-clients: $(VENV)/installed-test  ## The official clients against the runnin
 test-real: $(VENV)/installed-test  ## A real embeddings server with real weights behind the proxy (installs it, 1.5 GB)
 	sh tests/real/install.sh
 	$(BIN)/python -m pytest tests/real
+
+figures: $(VENV)/installed-test  ## Print the figures of docs/operations.md
+	$(BIN)/python -m tests.load.figures
 
 docs: $(VENV)/installed  ## Write the reference of settings into docs/configuration.md
 	$(BIN)/python docs/write_reference.py

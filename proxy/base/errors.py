@@ -40,6 +40,8 @@ class EmbeddingError(Exception):
         self.code = code or type(self).code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.upstream = ""
+        """Where it happened; empty when no upstream was asked."""
 
 
 # --- the caller's ---

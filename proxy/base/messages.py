@@ -123,6 +123,8 @@ class Batch:
     """The model's name at the upstream."""
     width: int | None = None
     """How wide the rows have to be, where it is known."""
+    avoid: frozenset[str] = frozenset()
+    """Upstreams that have failed this call already: others go first."""
     user: str | None = None
     traceparent: str | None = None
 

@@ -330,7 +330,7 @@ class Accept:
                 inputs=len(request.inputs) if request else 0,
                 hits=response.hits if response else 0,
                 tokens=response.tokens if response else 0,
-                upstream=response.upstream if response else "",
+                upstream=response.upstream if response else error.upstream if error else "",
                 attempts=response.attempts if response else 0,
                 queue_s=response.queue_s if response else 0.0,
                 upstream_s=response.upstream_s if response else 0.0,

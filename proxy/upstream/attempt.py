@@ -26,6 +26,9 @@ from proxy.base.messages import Answer, Batch
 from proxy.base.settings import AttemptSettings
 from proxy.base.stage import Snapshot, Stage
 
+_LOGGER = logging.getLogger("embedding_sidecar.attempt")
+"""aiohttp-retry tells it each attempt, in words of its own; `watch/log.py` keeps it quiet."""
+
 MAY_SUCCEED = (RateLimited, UpstreamFailed, UpstreamTimeout, BadVectors)
 """Errors of one exchange. An open breaker, a missing upstream or a refusal is the same a moment later."""
 
@@ -76,26 +79,20 @@ class Attempt:
         self._rng = rng
         self._attempts = 0
         self._calls = 0
-        self._client = RetryClient(
-            client_session=cast(aiohttp.ClientSession, _Session(self._tried)),
-            logger=logging.getLogger("embedding_sidecar.attempt"),
-        )
 
     async def __call__(self, batch: Batch) -> Answer:
         self._calls += 1
-        options = _Options(lambda outcome: self._wait_s(batch, outcome), self._settings.max_attempts)
-        outcome = cast(Outcome, await self._client.request("POST", "", retry_options=options, batch=batch))
+        client = RetryClient(
+            client_session=cast(aiohttp.ClientSession, _Call(batch, self._inner)),
+            retry_options=_Options(lambda outcome: self._wait_s(batch, outcome), self._settings.max_attempts),
+            logger=_LOGGER,
+        )
+        outcome = cast(Outcome, await client.request("POST", ""))
+        self._attempts += outcome.attempt
         if outcome.error is not None:
             raise outcome.error
         assert outcome.answer is not None
         return replace(outcome.answer, attempts=outcome.attempt)
-
-    async def _tried(self, batch: Batch, attempt: int) -> Outcome:
-        self._attempts += 1
-        try:
-            return Outcome(attempt, answer=await self._inner(batch))
-        except EmbeddingError as error:
-            return Outcome(attempt, error=error)
 
     def _wait_s(self, batch: Batch, outcome: Outcome) -> float | None:
         if outcome.error is None:
@@ -110,14 +107,20 @@ class Attempt:
         await self._inner.aclose()
 
 
-class _Session:
+class _Call:
     """What RetryClient takes for its session: it calls `request()` once per attempt and nothing else."""
 
-    def __init__(self, tried: Callable[[Batch, int], Any]) -> None:
-        self._tried = tried
+    def __init__(self, batch: Batch, inner: Stage[Batch, Answer]) -> None:
+        self._batch = batch
+        self._inner = inner
 
-    async def request(self, method: str, url: str, *, trace_request_ctx: dict[str, int], batch: Batch, **_: Any) -> Any:
-        return await self._tried(batch, trace_request_ctx["current_attempt"])
+    async def request(self, method: str, url: str, *, trace_request_ctx: dict[str, int], **_: Any) -> Outcome:
+        attempt = trace_request_ctx["current_attempt"]
+        try:
+            return Outcome(attempt, answer=await self._inner(self._batch))
+        except EmbeddingError as error:
+            self._batch = replace(self._batch, avoid=self._batch.avoid | {error.upstream})
+            return Outcome(attempt, error=error)
 
 
 class _Options(RetryOptionsBase):

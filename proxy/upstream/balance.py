@@ -153,15 +153,18 @@ class Model:
     async def __call__(self, batch: Batch) -> Answer:
         if not self._first_round.is_set():
             await self._first_round.wait()
-        member = self._chosen(self._clock.now())
+        member = self._chosen(self._clock.now(), batch.avoid)
         width = batch.spec.dimensions or self.width
-        answer = await member.upstream.call(
-            replace(batch, model=self._settings.upstream_model or self._name, width=width), self._clock
-        )
+        addressed = replace(batch, model=self._settings.upstream_model or self._name, width=width)
+        try:
+            answer = await member.upstream.call(addressed, self._clock)
+        except EmbeddingError as error:
+            error.upstream = member.upstream.name
+            raise
         member.good_at = self._clock.now()
         return answer
 
-    def _chosen(self, now: float) -> Member:
+    def _chosen(self, now: float, avoid: frozenset[str]) -> Member:
         verified = [member for member in self._members if member.is_verified]
         if not verified:
             problems = "; ".join(f"{m.upstream.name}: {m.problem}" for m in self._members)
@@ -171,7 +174,7 @@ class Model:
         if not passing:
             names = ", ".join(member.upstream.name for member in verified)
             raise CircuitOpen(f"{names} failed repeatedly and is left alone for now", retry_after_s=min(waits))
-        return min(passing, key=lambda member: member.upstream.load)
+        return min(passing, key=lambda member: (member.upstream.name in avoid, member.upstream.load))
 
     @property
     def width(self) -> int | None:

@@ -32,7 +32,7 @@ WIDTHS = (64, 128, 256)
 """Widths that it was trained for (matryoshka); the shorter ones are cut and normalised again."""
 
 MAX_INPUT_BYTES = 32_768
-"""A text of that size takes 10 ms and 30 MB while it is computed."""
+"""A text of that size takes 10 to 20 ms, during which no other text is computed."""
 
 _PORTION_BYTES = 8192
 """Texts computed at a time. The library pads them all to the longest: a portion's memory is at most this many tokens

@@ -15,7 +15,6 @@ import os
 import re
 import ssl
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -156,7 +155,7 @@ def _read(cls: Any, table: Any, path: str, problems: list[str]) -> Any:
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             values[key] = _read(kind, value, where, problems)
-        elif typing.get_origin(kind) is Mapping or typing.get_origin(kind) is typing.get_origin(Mapping[str, str]):
+        elif typing.get_origin(kind) is Mapping:
             values[key] = _read_mapping(typing.get_args(kind)[1], value, where, problems)
         else:
             problem, checked = _checked(kind, value, fields[key].metadata)
@@ -191,11 +190,18 @@ def _checked(kind: Any, value: Any, metadata: Mapping[str, Any]) -> tuple[str, A
     if type(value) is not kind:
         return f"is not {_WORDS[kind]}", None
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        return f"has to be from {low:g} to {high:g}{' ' + metadata['unit'] if metadata['unit'] else ''}", None
+    if low is not None and not low <= value <= high:
+        return (
+            f"has to be from {_plain(low)} to {_plain(high)}{' ' + metadata['unit'] if metadata['unit'] else ''}",
+            None,
+        )
     if choices and value not in choices:
         return f"may be {', '.join(choices)}{_meant(value, choices)}", None
     return "", value
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -483,7 +489,7 @@ def _sections(cls: Any, path: str) -> Iterator[str]:
         where = f"{path}.{f.name}".lstrip(".")
         if dataclasses.is_dataclass(kind):
             inner.append((kind, where))
-        elif not isinstance(kind, types.GenericAlias) and typing.get_args(kind) and _is_table(kind):
+        elif _is_table(kind):
             inner.append((typing.get_args(kind)[1], f"{where}.<name>"))
         else:
             rows.append(_reference_row(f, kind))
@@ -511,7 +517,7 @@ def _reference_row(f: Any, kind: Any) -> str:
         spelled = spelled.lower()
     bounds = ""
     if meta["low"] is not None:
-        bounds = f" {meta['low']:g} to {meta['high']:g}." if meta["high"] is not None else f" At least {meta['low']:g}."
+        bounds = f" {_plain(meta['low'])} to {_plain(meta['high'])}."
     choices = (
         f" One of {', '.join(f'`{c}`' for c in meta['choices'])}." if meta["choices"] and "`" not in meta["doc"] else ""
     )

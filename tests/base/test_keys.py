@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from proxy.base.keys import KEY_BYTES, fingerprint, input_bytes, keys
 from proxy.base.messages import Input, Spec
 
-SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=300)
+SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=200)
 
 # Few characters, so that examples come close to each other: the letters of the kinds, digits, bytes of lengths.
 TEXTS = st.text(alphabet="st01n\0\1\b é€", max_size=9)

@@ -25,7 +25,7 @@ def test_size_of_an_input(item: Input, size: int) -> None:
 
 
 @SAME_EACH_TIME
-@given(st.text())
+@given(st.text(alphabet="a\x7f\x80é\u07ff\u0800€\uffff🙂"))
 def test_size_of_any_text(text: str) -> None:
     """The short way for ASCII counts the same as encoding does."""
     assert size_bytes(text) == len(text.encode())

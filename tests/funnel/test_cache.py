@@ -15,7 +15,7 @@ from proxy.base.settings import CacheSettings
 from proxy.funnel.cache import ENTRY_BYTES, Cache, CacheStore
 from tests.fakes.stage import AnsweringStage, make_request, rows_of
 
-SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=200)
+SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=100)
 MIB = 1024 * 1024
 ROW = b"12345678"
 ROW_BYTES = len(ROW) + ENTRY_BYTES
@@ -203,9 +203,7 @@ async def test_one_new_text_among_known_ones() -> None:
     response = await room.cache(make_request(("a", "b", "c")))
 
     assert room.asked == [("b",)]
-    assert response == Response(
-        rows_of(("a", "b", "c")), tokens=1, hits=2, upstream="u", queue_s=1, upstream_s=2
-    )
+    assert response == Response(rows_of(("a", "b", "c")), tokens=1, hits=2, upstream="u", queue_s=1, upstream_s=2)
     assert room.told == [CacheLookedUp("m", hits=2, misses=1)]
 
 

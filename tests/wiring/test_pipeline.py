@@ -1,0 +1,530 @@
+"""The journey is put together in its order, of the right parts, and taken apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from proxy.base.clock import MonotonicClock
+from proxy.base.errors import NoUpstream
+from proxy.base.events import Event
+from proxy.base.messages import Response, Spec
+from proxy.base.settings import LifecycleSettings, ModelSettings, RequestSettings, Settings
+from proxy.funnel.cache import CacheStore
+from proxy.wiring import config
+from proxy.wiring.pipeline import ROUTE, Pipeline, build
+from tests.fakes.clock import HandClock, settle
+from tests.fakes.stage import ScriptedStage, make_request
+from tests.fakes.upstream import FakeUpstream, Fault, vector
+
+STAGES = [
+    "admission",
+    "cache",
+    "coalesce",
+    "microbatch",
+    "attempt",
+    "balance",
+    "bucket",
+    "circuit",
+    "transport",
+]
+
+
+class Built:
+    """A pipeline of real settings, and what it was built with."""
+
+    def __init__(self, toml: str, folder: Path, environ: dict[str, str] | None = None) -> None:
+        path = folder / "settings.toml"
+        path.write_text(toml, encoding="utf-8")
+        loaded = config.load(str(path) if toml else None, environ or {})
+        self.clock = MonotonicClock()
+        self.facts: list[Event] = []
+        self.store = CacheStore(0)
+        self.pipeline = build(
+            loaded.settings,
+            loaded.api_keys,
+            clock=self.clock,
+            rng=random.Random(1),
+            observe=self.facts.append,
+            store=self.store,
+        )
+
+    async def embed(self, texts: list[str], model: str, **changes: Any) -> Response:
+        return await self.pipeline(make_request(texts, now=self.clock.now(), spec=Spec(model), **changes))
+
+
+@contextlib.asynccontextmanager
+async def built(toml: str, folder: Path, environ: dict[str, str] | None = None) -> AsyncIterator[Built]:
+    it = Built(toml, folder, environ)
+    try:
+        yield it
+    finally:
+        await it.pipeline.aclose()
+
+
+def upstream_toml(name: str, base_url: str, **more: object) -> str:
+    lines = [f"{key} = {orjson.dumps(value).decode()}" for key, value in more.items()]
+    return "\n".join([f"[upstreams.{name}]", 'kind = "openai"', f'base_url = "{base_url}"', *lines, ""])
+
+
+# --- what it is made of ---
+
+
+async def test_embedded_model(tmp_path: Path) -> None:
+    """A builtin upstream answers without a network; more inputs than its batch holds go in several."""
+    async with built("", tmp_path) as it:
+        problems = await it.pipeline.prove(it.clock)
+        response = await it.embed([f"text {n}" for n in range(65)], "wordllama")
+        snapshot = it.pipeline.snapshot()
+
+    assert problems == {"wordllama": ""}
+    assert [len(row) for row in response.rows] == [256 * 4] * 65
+    assert response.upstream == "builtin"
+    assert snapshot["microbatch"] == {"batches": 2}
+    assert snapshot["transport"] == {"builtin": {"is_loaded": True}}
+    assert snapshot["balance"]["wordllama"]["upstreams"]["builtin"]["slots"] == 2
+
+
+async def test_server_that_speaks_openai(tmp_path: Path) -> None:
+    """An openai upstream is spoken to with its key, its headers and the model's name there."""
+    async with FakeUpstream() as fake:
+        toml = upstream_toml("u", fake.base_url, api_key_env="MY_KEY") + (
+            'headers = {X-Team = "red"}\n[models.m]\nupstreams = ["u"]\nupstream_model = "theirs"\n'
+        )
+        async with built(toml, tmp_path, {"MY_KEY": "k"}) as it:
+            await it.pipeline.prove(it.clock)
+            response = await it.embed(["a"], "m")
+
+    assert response.rows == (vector("a", 8).tobytes(),)
+    assert fake.seen[0].headers["Authorization"] == "Bearer k"
+    assert fake.seen[0].headers["X-Team"] == "red"
+    assert fake.seen[0].body["model"] == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("profile", "more", "expected"),
+    [
+        ("llamacpp", "", (2, 4.0)),
+        ("openai", "", (16, 30.0)),
+        ("openai", "[upstreams.u.balance]\nslots = 3\n[upstreams.u.transport]\nkeepalive_s = 7\n", (3, 7.0)),
+    ],
+)
+async def test_slots_and_keep_alive(profile: str, more: str, expected: tuple[int, float], tmp_path: Path) -> None:
+    """Slots and keep-alive are the profile's unless the settings say otherwise."""
+    toml = upstream_toml("u", "http://127.0.0.1:1/v1", profile=profile) + more + '[models.m]\nupstreams = ["u"]\n'
+    async with built(toml, tmp_path) as it:
+        transport = it.pipeline.snapshot()["transport"]["u"]
+        slots = it.pipeline.models()["m"]["upstreams"]["u"]["slots"]
+
+    assert (transport["slots"], transport["keepalive_s"]) == expected
+    assert slots == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (("max_inputs = 3", "max_inputs = 5"), [1, 3, 3]),
+        (("max_inputs = 5", "max_inputs = 3"), [1, 3, 3]),
+        (("max_inputs = 5", "max_bytes = 4"), [1, 2, 2, 2]),
+        (("", "max_inputs = 6"), [1, 6]),
+    ],
+)
+async def test_limits_of_several_upstreams(limits: tuple[str, str], expected: list[int], tmp_path: Path) -> None:
+    """A batch may end at any upstream of its model, so the least of their limits counts, each on its own."""
+    async with FakeUpstream() as fake:
+        toml = "".join(
+            upstream_toml(name, fake.base_url) + f"[upstreams.{name}.batch]\n{limit}\n"
+            for name, limit in zip("ab", limits, strict=True)
+        )
+        async with built(f'{toml}[models.m]\nupstreams = ["a", "b"]\n', tmp_path) as it:
+            await it.pipeline.prove(it.clock)
+            await it.embed(["t1", "t2", "t3", "t4", "t5", "t6", "t7"], "m")
+
+    assert sorted(len(seen.inputs) for seen in fake.seen) == expected
+
+
+async def test_limits_of_a_profile(tmp_path: Path) -> None:
+    """Where the settings are silent the profile's limits count: llama.cpp takes 32 inputs."""
+    async with FakeUpstream() as fake:
+        toml = upstream_toml("u", fake.base_url, profile="llamacpp") + '[models.m]\nupstreams = ["u"]\n'
+        async with built(toml, tmp_path) as it:
+            await it.pipeline.prove(it.clock)
+            await it.embed([f"t{n}" for n in range(33)], "m")
+
+    assert sorted(len(seen.inputs) for seen in fake.seen) == [1, 32]
+
+
+async def test_limits_of_each_model(tmp_path: Path) -> None:
+    """A model's limits are those of its own upstreams."""
+    async with FakeUpstream() as fake:
+        toml = (
+            upstream_toml("a", fake.base_url)
+            + "[upstreams.a.batch]\nmax_inputs = 1\n"
+            + upstream_toml("b", fake.base_url)
+            + '[models.small]\nupstreams = ["a"]\n[models.large]\nupstreams = ["b"]\n'
+        )
+        async with built(toml, tmp_path) as it:
+            await it.pipeline.prove(it.clock)
+            await it.embed(["t1", "t2"], "small")
+            await it.embed(["t1", "t2"], "large", no_cache=True)
+
+    assert [len(seen.inputs) for seen in fake.seen] == [1, 1, 2]
+
+
+async def test_two_models_on_one_upstream(tmp_path: Path) -> None:
+    """Models share an upstream, its slots and its breaker: it is built once."""
+    toml = upstream_toml("u", "http://127.0.0.1:1/v1") + "".join(
+        f'[models.{name}]\nupstreams = ["u"]\n' for name in "ab"
+    )
+    async with built(toml, tmp_path) as it:
+        problems = await it.pipeline.prove(it.clock)
+        snapshot = it.pipeline.snapshot()
+
+    assert list(problems) == ["a", "b"]
+    assert all(problem.startswith("u: ") for problem in problems.values())
+    assert list(snapshot["circuit"]) == ["u"]
+    assert snapshot["circuit"]["u"]["failures"] == 2
+
+
+async def test_settings_of_the_pipeline(tmp_path: Path) -> None:
+    """A pipeline carries the settings that the edge needs, and the models by all their names."""
+    toml = upstream_toml("u", "http://127.0.0.1:1/v1") + (
+        '[models.a]\nupstreams = ["u"]\n[models.b]\nupstreams = ["u"]\naliases = ["c"]\n'
+        '[request]\ndefault_model = "b"\nmax_inputs = 7\n[listen]\nallowed_uids = [5]\n'
+    )
+    async with built(toml, tmp_path) as it:
+        pipeline = it.pipeline
+
+    assert pipeline.catalogue.resolve(None)[0] == "b"
+    assert pipeline.catalogue.resolve("c")[0] == "b"
+    assert pipeline.request.max_inputs == 7
+    assert pipeline.listen.allowed_uids == (5,)
+    assert pipeline.callers == {}
+
+
+async def test_store_that_outlives_a_pipeline(tmp_path: Path) -> None:
+    """The next pipeline goes on with the same vectors, within its own bound."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove(it.clock)
+            await it.embed(["a"], "m")
+            entries = it.store.snapshot()["entries"]
+            loaded = config.load(str(tmp_path / "settings.toml"), {"EMBEDDING_SIDECAR__CACHE__MAX_BYTES": "100"})
+            arguments: dict[str, Any] = {"clock": it.clock, "rng": random.Random(1), "observe": it.facts.append}
+            smaller = build(loaded.settings, loaded.api_keys, store=it.store, **arguments)
+            left = smaller.snapshot()["cache"]
+            await smaller.aclose()
+
+    assert entries == 1
+    assert (left["entries"], left["max_bytes"]) == (0, 100)
+
+
+async def test_request_through_all_stages(tmp_path: Path) -> None:
+    """A request passes every stage once, in the order of the route; an equal one ends at the cache."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove(it.clock)
+            it.facts.clear()
+            first, second = await it.embed(["a"], "m"), await it.embed(["a"], "m")
+            names = [type(fact).__name__ for fact in it.facts]
+            snapshot = it.pipeline.snapshot()
+
+    assert first.rows == second.rows == (vector("a", 8).tobytes(),)
+    assert (first.hits, second.hits) == (0, 1)
+    assert names == ["CacheLookedUp", "AttemptFinished", "BatchFinished", "CacheLookedUp"]
+    assert snapshot["attempt"] == {"calls": 1, "attempts": 1}
+    assert snapshot["admission"]["inputs"] == 0
+    assert len(fake.seen) == 1
+
+
+# --- canaries ---
+
+
+async def test_proof_of_several_models(tmp_path: Path) -> None:
+    """Each model is proven on its own, all at the same time: one that fails says why and harms no other."""
+    async with FakeUpstream() as good, FakeUpstream() as bad:
+        bad.spare_canary = False
+        bad.always = Fault(status=401)
+        toml = (
+            upstream_toml("g", good.base_url)
+            + upstream_toml("b", bad.base_url)
+            + '[models.yes]\nupstreams = ["g"]\n[models.no]\nupstreams = ["b"]\n'
+            + '[models.both]\nupstreams = ["b", "g"]\n'
+        )
+        async with built(toml, tmp_path) as it:
+            problems = await it.pipeline.prove(it.clock)
+            with pytest.raises(NoUpstream):
+                await it.embed(["a"], "no")
+            response = await it.embed(["a"], "both")
+
+    assert problems["yes"] == ""
+    assert problems["both"] == ""
+    assert problems["no"].startswith("b: upstream 'b' answered HTTP 401")
+    assert response.upstream == "g"
+
+
+class Singers:
+    """In place of balance: notes when canaries are sent, and answers as the test says."""
+
+    def __init__(self, clock: HandClock) -> None:
+        self._clock = clock
+        self.sung: list[tuple[float, str, float]] = []
+        self.right: dict[str, bool] = {}
+        self.broken: dict[str, str] = {}
+        self.is_closed = False
+
+    async def sing(self, model: str, deadline: float) -> bool:
+        now = self._clock.now()
+        self.sung.append((now - 1000, model, deadline - now))
+        return self.right.get(model, True)
+
+    def problems(self) -> dict[str, str]:
+        return {"m": "", **self.broken}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"singers": True}
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+    def times(self, model: str = "m") -> list[float]:
+        return [at for at, name, _ in self.sung if name == model]
+
+
+@pytest.fixture
+def singers() -> Singers:
+    return Singers(HandClock())
+
+
+def scripted(balance: Any, door: Any = None, **lifecycle: Any) -> Pipeline:
+    """Return a pipeline between a scripted door and scripted canaries."""
+    settings = Settings(
+        lifecycle=LifecycleSettings(**lifecycle),
+        request=RequestSettings(max_timeout_s=60.0),
+        models={"m": ModelSettings(upstreams=("u",))},
+    )
+    return Pipeline(settings, door or ScriptedStage(), balance, {})
+
+
+@contextlib.asynccontextmanager
+async def proving(pipeline: Pipeline, clock: HandClock) -> AsyncIterator[None]:
+    task = asyncio.create_task(pipeline.keep_proving(clock))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+def clock(singers: Singers) -> Iterator[HandClock]:
+    return singers._clock
+
+
+async def test_canaries_that_come_back(singers: Singers, clock: HandClock) -> None:
+    """A right canary is followed by the next one after the interval, with its own deadline."""
+    pipeline = scripted(singers, canary_interval_s=30.0, canary_timeout_s=4.0)
+    async with proving(pipeline, clock):
+        await clock.advance(29.9)
+        before = singers.times()
+        await clock.advance(60.2)
+
+    assert before == []
+    assert singers.sung == [(30.0, "m", 4.0), (60.0, "m", 4.0), (90.0, "m", 4.0)]
+
+
+async def test_canaries_that_fail_from_the_start(singers: Singers, clock: HandClock) -> None:
+    """After a failed canary the next comes soon, then twice as late each time."""
+    singers.right["m"], singers.broken["m"] = False, "u: down"
+    async with proving(scripted(singers, canary_interval_s=30.0, canary_retry_s=1.0), clock):
+        await clock.advance(16)
+
+    assert singers.times() == [1.0, 3.0, 7.0, 15.0]
+
+
+async def test_canaries_that_go_on_to_fail(singers: Singers, clock: HandClock) -> None:
+    """The wait grows up to the interval and stays there: a dead upstream is not asked more often again."""
+    singers.right["m"], singers.broken["m"] = False, "u: down"
+    async with proving(scripted(singers, canary_interval_s=10.0, canary_retry_s=2.0), clock):
+        await clock.advance(60)
+
+    assert singers.times() == [2.0, 6.0, 14.0, 24.0, 34.0, 44.0, 54.0]
+
+
+async def test_canary_that_fails_once(singers: Singers, clock: HandClock) -> None:
+    """The first failure after right ones is followed up soon, and a right one brings the interval back."""
+    async with proving(scripted(singers, canary_interval_s=30.0, canary_retry_s=1.0), clock):
+        await clock.advance(29)
+        singers.right["m"] = False
+        await clock.advance(2.5)  # at 30 and 31
+        singers.right["m"] = True
+        await clock.advance(32)  # at 33 and 63
+
+    assert singers.times() == [30.0, 31.0, 33.0, 63.0]
+
+
+async def test_retry_longer_than_the_interval(singers: Singers, clock: HandClock) -> None:
+    """A failed canary is never followed later than a right one."""
+    singers.right["m"], singers.broken["m"] = False, "u: down"
+    async with proving(scripted(singers, canary_interval_s=5.0, canary_retry_s=60.0), clock):
+        await clock.advance(16)
+
+    assert singers.times() == [5.0, 10.0, 15.0]
+
+
+async def test_canary_of_one_upstream_of_two_fails(tmp_path: Path) -> None:
+    """An upstream whose first canary failed is asked again soon, also where another one serves the model."""
+    clock = HandClock()
+    async with FakeUpstream() as good, FakeUpstream() as bad:
+        good.spare_canary = bad.spare_canary = False
+        bad.always = Fault(status=500)
+        toml = (
+            upstream_toml("g", good.base_url)
+            + upstream_toml("b", bad.base_url)
+            + '[models.m]\nupstreams = ["g", "b"]\n[lifecycle]\ncanary_interval_s = 1000\ncanary_retry_s = 1\n'
+        )
+        (tmp_path / "settings.toml").write_text(toml, encoding="utf-8")
+        loaded = config.load(str(tmp_path / "settings.toml"), {})
+        pipeline = build(
+            loaded.settings, {}, clock=clock, rng=random.Random(1), observe=lambda _: None, store=CacheStore(0)
+        )
+        await pipeline.prove(clock)
+        asked = len(bad.seen)
+        async with proving(pipeline, clock):
+            await clock.advance(1.1)
+            async with asyncio.timeout(5):
+                while len(good.seen) == 1 and clock.now() < 1900:  # the exchange itself takes real turns of the loop
+                    await clock.advance(1)
+            after = clock.now()
+        await pipeline.aclose()
+
+    assert asked == 1
+    assert after < 1100
+
+
+async def test_models_prove_themselves_apart(clock: HandClock, singers: Singers) -> None:
+    """Each model has its own schedule."""
+    settings = Settings(
+        lifecycle=LifecycleSettings(canary_interval_s=10.0, canary_retry_s=4.0),
+        models={"m": ModelSettings(), "n": ModelSettings()},
+    )
+    singers.broken, singers.right = {"n": "u: down"}, {"n": False}
+    async with proving(Pipeline(settings, ScriptedStage(), singers, {}), clock):  # type: ignore[arg-type]
+        await clock.advance(10.5)
+
+    assert singers.times("m") == [10.0]
+    assert singers.times("n") == [4.0]
+
+
+async def test_proof_asks_every_model(clock: HandClock, singers: Singers) -> None:
+    """The first proof sends each model's canary with a full deadline, and tells what is wrong."""
+    singers.broken["m"] = "u: down"
+    problems = await scripted(singers, canary_timeout_s=3.0).prove(clock)
+
+    assert singers.sung == [(0.0, "m", 3.0)]
+    assert problems == {"m": "u: down"}
+
+
+# --- the end ---
+
+
+async def test_retiring_with_requests_inside(singers: Singers, clock: HandClock) -> None:
+    """A retired pipeline is closed when the last request inside has its answer, not before."""
+    door = ScriptedStage()
+    pipeline = scripted(singers, door)
+    calls = [asyncio.create_task(pipeline(make_request([text]))) for text in "ab"]
+    retiring = asyncio.create_task(pipeline.retire(clock))
+    first, second = await door.next(), await door.next()
+    first.answer("one")
+    await clock.advance(59)
+    during = (door.is_closed, retiring.done())
+    second.fail(NoUpstream("gone"))
+    await retiring
+    results = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert during == (False, False)
+    assert results[0] == "one"
+    assert isinstance(results[1], NoUpstream)
+    assert (door.is_closed, singers.is_closed) == (True, True)
+
+
+async def test_retiring_with_nobody_inside(singers: Singers, clock: HandClock) -> None:
+    """An idle pipeline is closed at once."""
+    door = ScriptedStage()
+    pipeline = scripted(singers, door)
+    async with asyncio.timeout(5):
+        await pipeline.retire(clock)
+
+    assert (door.is_closed, singers.is_closed) == (True, True)
+
+
+async def test_retiring_when_a_caller_leaves(singers: Singers, clock: HandClock) -> None:
+    """A cancelled request is inside no more."""
+    door = ScriptedStage()
+    pipeline = scripted(singers, door)
+    call = asyncio.create_task(pipeline(make_request()))
+    await door.next()
+    retiring = asyncio.create_task(pipeline.retire(clock))
+    await settle()
+    call.cancel()
+    async with asyncio.timeout(5):
+        await retiring
+
+    assert door.calls[0].was_cancelled
+    assert door.is_closed
+
+
+async def test_retiring_with_a_request_that_hangs(singers: Singers, clock: HandClock) -> None:
+    """What is still inside after the longest deadline does not keep a retired pipeline open."""
+    door = ScriptedStage()
+    pipeline = scripted(singers, door)
+    call = asyncio.create_task(pipeline(make_request()))
+    await door.next()
+    retiring = asyncio.create_task(pipeline.retire(clock))
+    await clock.advance(59.9)
+    before = door.is_closed
+    await clock.advance(0.2)
+    await asyncio.wait([retiring], timeout=5)
+    is_over, error = retiring.done(), retiring.exception()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+
+    assert (before, is_over) == (False, True)
+    assert (door.is_closed, singers.is_closed) == (True, True)
+    assert error is None or isinstance(error, TimeoutError)
+
+
+# --- what it tells ---
+
+
+async def test_snapshots_of_all_stages(tmp_path: Path) -> None:
+    """Every stage tells its numbers, in the order of the journey, fit for JSON, before and after a request."""
+    async with FakeUpstream() as fake:
+        toml = fake.toml() + '[upstreams.here]\nkind = "builtin"\n[models.w]\nupstreams = ["here"]\n'
+        async with built(toml, tmp_path) as it:
+            before = orjson.loads(orjson.dumps(it.pipeline.snapshot()))
+            await it.pipeline.prove(it.clock)
+            await it.embed(["a"], "m")
+            after = orjson.loads(orjson.dumps(it.pipeline.snapshot()))
+            models = orjson.loads(orjson.dumps(it.pipeline.models()))
+
+    assert list(before) == list(after) == STAGES
+    assert list(after["circuit"]) == list(after["bucket"]) == list(after["transport"]) == ["fake", "here"]
+    assert after["cache"]["entries"] == 1
+    assert after["balance"].keys() == models.keys() == {"m", "w"}
+    assert models["m"]["upstreams"]["fake"]["is_verified"] is True
+
+
+def test_snapshot_order_is_the_route() -> None:
+    """The stages of the snapshot stand in the order of the route; pure stations have none."""
+    stations = [name.partition(".")[2] for name in ROUTE]
+
+    assert [name for name in stations if name in STAGES] == STAGES
+    assert set(stations) - set(STAGES) == {"accept", "decode", "translate", "vectors", "encode"}
