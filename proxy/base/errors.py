@@ -77,6 +77,11 @@ class WrongMethod(InvalidRequest):
 
     code = "method_not_allowed"
 
+    def __init__(self, message: str, *, allowed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+        """Methods that the path takes."""
+
 
 class WrongContentType(InvalidRequest):
     """The body is not declared as JSON. Browsers can post forms across sites, but not JSON, so this is a wall too."""

@@ -290,7 +290,11 @@ class TransportSettings:
         256 * 1024 * 1024, "Largest answer that is read.", unit="bytes", low=1024, high=4 * 1024**3,
         why="2048 vectors of 3072 numbers are 90 MB as JSON floats",
     )  # fmt: skip
-    http_proxy: str = setting("", "HTTP proxy to go through, `http://host:port`. Empty: `HTTPS_PROXY` and `NO_PROXY`.")
+    http_proxy: str = setting(
+        "",
+        "HTTP proxy to go through, `http://host:port`. Empty: `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, "
+        "as read at start and reload; never for loopback.",
+    )
     ca_file: str = setting("", "CA certificates to trust, PEM. Empty: the system's.")
     client_cert_file: str = setting("", "Client certificate to show, PEM.")
     client_key_file: str = setting("", "Key of the client certificate, PEM.")

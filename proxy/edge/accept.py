@@ -190,7 +190,8 @@ class Accept:
             raise UnknownRoute(f"no such path here: {shown(path)}; embeddings are at POST /v1/embeddings")
         handler = methods.get("GET" if http.method == "HEAD" else http.method)
         if handler is None:
-            raise WrongMethod(f"{facts.path} takes {' and '.join(methods)}, not {shown(http.method)}")
+            allowed = ("GET", "HEAD") if "GET" in methods else tuple(methods)
+            raise WrongMethod(f"{facts.path} takes {allowed[0]}, not {shown(http.method)}", allowed=allowed)
         return await handler(http, service, facts)
 
     async def _embed(self, http: web.BaseRequest, service: Service, facts: _Facts) -> web.StreamResponse:

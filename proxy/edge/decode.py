@@ -8,6 +8,7 @@ that was sent.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -281,13 +282,25 @@ def _cut(item: Input, bound: int) -> Input:
 def _timeout_s(headers: Mapping[str, str], settings: RequestSettings, priority: Priority) -> float:
     value = headers.get("X-Request-Timeout-Ms")
     if value is None:
-        return settings.timeout_s(priority)
+        return min(settings.timeout_s(priority), _sdk_patience_s(headers))
     if not re.fullmatch(r"[0-9]{1,12}", value):
         _refuse_header("X-Request-Timeout-Ms", value, "whole milliseconds")
     seconds = int(value) / 1000
     if not 0 < seconds <= settings.max_timeout_s:
         _refuse_header("X-Request-Timeout-Ms", value, f"1 to {settings.max_timeout_s * 1000:.0f}")
     return seconds
+
+
+def _sdk_patience_s(headers: Mapping[str, str]) -> float:
+    """
+    Return how long OpenAI's SDK waits before it gives up and asks again, less a moment for the way back.
+
+    Answering later would double the load: its next try is on its way already.
+    """
+    value = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout") or ""
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or float(value) <= 0:
+        return math.inf
+    return float(value) * 0.95
 
 
 def _priority(

@@ -82,8 +82,9 @@ class Attempt:
 
     async def __call__(self, batch: Batch) -> Answer:
         self._calls += 1
+        call = _Call(batch, self._inner, self._clock)
         client = RetryClient(
-            client_session=cast(aiohttp.ClientSession, _Call(batch, self._inner)),
+            client_session=cast(aiohttp.ClientSession, call),
             retry_options=_Options(lambda outcome: self._wait_s(batch, outcome), self._settings.max_attempts),
             logger=_LOGGER,
         )
@@ -92,7 +93,8 @@ class Attempt:
         if outcome.error is not None:
             raise outcome.error
         assert outcome.answer is not None
-        return replace(outcome.answer, attempts=outcome.attempt)
+        answer = outcome.answer
+        return replace(answer, attempts=outcome.attempt, upstream_s=call.spent_s - answer.queue_s)
 
     def _wait_s(self, batch: Batch, outcome: Outcome) -> float | None:
         if outcome.error is None:
@@ -110,17 +112,23 @@ class Attempt:
 class _Call:
     """What RetryClient takes for its session: it calls `request()` once per attempt and nothing else."""
 
-    def __init__(self, batch: Batch, inner: Stage[Batch, Answer]) -> None:
+    def __init__(self, batch: Batch, inner: Stage[Batch, Answer], clock: Clock) -> None:
         self._batch = batch
         self._inner = inner
+        self._clock = clock
+        self.spent_s = 0.0
+        """Time in all attempts together; the waits between them are not in it."""
 
     async def request(self, method: str, url: str, *, trace_request_ctx: dict[str, int], **_: Any) -> Outcome:
         attempt = trace_request_ctx["current_attempt"]
+        start = self._clock.now()
         try:
             return Outcome(attempt, answer=await self._inner(self._batch))
         except EmbeddingError as error:
             self._batch = replace(self._batch, avoid=self._batch.avoid | {error.upstream})
             return Outcome(attempt, error=error)
+        finally:
+            self.spent_s += self._clock.now() - start
 
 
 class _Options(RetryOptionsBase):

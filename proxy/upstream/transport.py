@@ -171,7 +171,7 @@ class Transport:
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, connect=self._settings.connect_timeout_s),
             trace_configs=[config],
-            trust_env=not self._settings.http_proxy,
+            trust_env=False,  # wiring/config.py has looked; here it would be read anew for each call, and .netrc too
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self._session

@@ -6,6 +6,7 @@ JSON for machines, a readable form for a terminal. No text, vector or key is in 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Callable
@@ -64,6 +65,11 @@ def write(level: int, event: str, **fields: Any) -> None:
     """Write one line."""
     if _LOGGER.isEnabledFor(level):
         _LOGGER.log(level, event, extra={"fields": fields})
+
+
+def loop_trouble(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle what asyncio found lying about. Its own handler spells exceptions out, and with them perhaps texts."""
+    write(logging.ERROR, "asyncio", message=context.get("message"), error=type(context.get("exception")).__name__)
 
 
 class Log:

@@ -16,6 +16,7 @@ import re
 import ssl
 import tomllib
 import typing
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,9 +241,26 @@ def _with_defaults(settings: Settings, table: Mapping[str, Any], environ: Mappin
     for name, model in models.items():
         if model.upstreams and all(u in upstreams and upstreams[u].kind == "builtin" for u in model.upstreams):
             models[name] = _builtin_model(model, told.get(name, {}))
+    for name, upstream in upstreams.items():
+        if proxy := upstream.transport.http_proxy or _environment_proxy(upstream, environ):
+            transport = dataclasses.replace(upstream.transport, http_proxy=proxy)
+            upstreams[name] = dataclasses.replace(upstream, transport=transport)
     socket = settings.listen.socket or default_socket(environ)
     listen = dataclasses.replace(settings.listen, socket=socket)
     return dataclasses.replace(settings, listen=listen, upstreams=upstreams, models=models)
+
+
+def _environment_proxy(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str:
+    """Return the proxy that `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` mean for an upstream; never one for loopback."""
+    parts = urlsplit(upstream.base_url or PROFILES[upstream.profile].base_url)
+    if not parts.hostname or is_loopback(parts.hostname):
+        return ""
+    variables = {name.lower(): value for name, value in environ.items() if name.lower().endswith("_proxy")}
+    # typeshed does not know it; it takes the variables from us instead of from the process
+    bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    if bypass(parts.hostname, {"no": variables.get("no_proxy", "")}):
+        return ""
+    return variables.get(f"{parts.scheme}_proxy") or variables.get("all_proxy", "")
 
 
 def _openai_models() -> dict[str, ModelSettings]:
@@ -400,6 +418,9 @@ def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator
         yield f"base_url = {shown(url)}: leave '/embeddings' out, it is appended"
     elif parts.username or parts.query or parts.fragment:
         yield "base_url: may not hold a user, a query or a fragment; keys go into api_key_env or api_key_file"
+    proxy = urlsplit(upstream.transport.http_proxy)
+    if upstream.transport.http_proxy and (proxy.scheme != "http" or not proxy.hostname):
+        yield "transport.http_proxy (or HTTPS_PROXY, HTTP_PROXY, ALL_PROXY): is not http://host:port"
     if parts.hostname == "api.openai.com" and not has_key:
         yield "api_key_env: OpenAI needs an API key; name the variable that holds it, such as 'OPENAI_API_KEY'"
     try:
@@ -461,7 +482,7 @@ def needs_restart(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def as_table(settings: Any) -> dict[str, Any]:
-    """Return settings as plain tables, for TOML; values of extra headers are hidden, they may be secrets."""
+    """Return settings as plain tables, for TOML; extra headers and a proxy's password are hidden."""
     table: dict[str, Any] = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
@@ -469,6 +490,8 @@ def as_table(settings: Any) -> dict[str, Any]:
             table[f.name] = as_table(value)
         elif f.name == "headers":
             table[f.name] = dict.fromkeys(value, "(hidden)")
+        elif f.name == "http_proxy":
+            table[f.name] = re.sub(r"//[^/@]*@", "//(hidden)@", value)
         elif isinstance(value, Mapping):
             table[f.name] = {name: as_table(inner) for name, inner in value.items()}
         else:

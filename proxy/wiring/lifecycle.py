@@ -99,6 +99,7 @@ class Lifecycle:
         """
         loaded = config.load(self._path, self._environ)
         log.configure(loaded.settings.log)
+        asyncio.get_running_loop().set_exception_handler(log.loop_trouble)
         self._observe(LifecycleMoved("starting", VERSION))
         has_keys = bool(loaded.settings.callers)
         listeners = open_listeners(loaded.settings.listen, self._environ, has_keys=has_keys)

@@ -8,6 +8,7 @@ made of one set of settings and never changes: a reload builds another one, prov
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Mapping
 from typing import Any, Final
@@ -135,8 +136,9 @@ class Pipeline:
     async def retire(self, clock: Clock) -> None:
         """Wait until the last request inside is answered, which its deadline bounds, and close."""
         try:
-            async with clock.timeout_at(clock.now() + self.request.max_timeout_s):
-                await self._idle.wait()
+            with contextlib.suppress(TimeoutError):
+                async with clock.timeout_at(clock.now() + self.request.max_timeout_s):
+                    await self._idle.wait()
         finally:
             await self.aclose()
 

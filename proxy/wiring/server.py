@@ -246,7 +246,7 @@ class Server:
     @property
     def connections(self) -> int:
         """How many are open."""
-        return sum(len(server._connections) for server in self._servers)
+        return sum(len(server.connections) for server in self._servers)
 
     async def drain(self, *, timeout_s: float, linger_s: float) -> None:
         """

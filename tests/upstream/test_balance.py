@@ -439,19 +439,17 @@ async def test_calls_queue_at_an_upstream_whose_breaker_opens() -> None:
     clock = HandClock()
     events: list[Event] = []
     ill, well = ScriptedStage(), AnsweringStage(lambda batch: Answer(rows_of(batch.inputs), 1, "b"))
-    circuits = [
-        Circuit(name, CircuitSettings(failures=1), inner, clock=clock, observe=events.append)
+    circuits = {
+        name: Circuit(name, CircuitSettings(failures=1), inner, clock=clock, observe=events.append)
         for name, inner in (("a", ill), ("b", well))
-    ]
-    upstreams = [
-        Upstream(circuit._name, circuit, slots=slots, refuses_s=circuit.wait_s)
-        for circuit, slots in zip(circuits, (1, 1), strict=True)
-    ]
+    }
+    upstreams = [Upstream(name, circuit, slots=1, refuses_s=circuit.wait_s) for name, circuit in circuits.items()]
     model = Model("m", ModelSettings(upstreams=("a", "b")), upstreams, clock=clock, observe=events.append)
     attempt = Attempt(AttemptSettings(backoff_base_s=0), Balance({"m": model}), clock=clock, rng=Highest())
     round_ = asyncio.create_task(model.sing(clock.now() + 20))
     (await ill.next()).answer(Answer((RIGHT,), 1, "a"))
     await round_
+    # All three queue at `a`, since they would rather not go to `b`.
     calls = [asyncio.create_task(attempt(make_batch([str(n)], avoid=frozenset({"b"})))) for n in range(3)]
     (await ill.next()).fail(errors.UpstreamFailed("it broke"))
     ends = await asyncio.gather(*calls, return_exceptions=True)

@@ -669,7 +669,7 @@ class Caller:
 
 
 class House:
-    """A server with real sockets, two pages, and nothing behind them."""
+    """A server with real sockets, a few pages, and nothing behind them."""
 
     def __init__(self, folder: Path, clock: Clock, **listen: Any) -> None:
         self.settings = ListenSettings(socket=str(folder / "s"), tcp="127.0.0.1:0", **listen)
@@ -678,7 +678,11 @@ class House:
         service: Any = SimpleNamespace(
             catalogue=Catalogue({}, ""), listen=self.settings, request=RequestSettings(), callers={}
         )
-        pages: dict[str, Callable[[], Awaitable[Page]]] = {"/quick": self._quick, "/slow": self._slow}
+        pages: dict[str, Callable[[], Awaitable[Page]]] = {
+            "/quick": self._quick,
+            "/slow": self._slow,
+            "/large": self._large,
+        }
         self.accept = Accept(
             service=lambda: service, pages=pages, open_pages=frozenset(pages), clock=clock, observe=self.facts.append
         )
@@ -689,6 +693,9 @@ class House:
 
     async def _quick(self) -> Page:
         return Page(200, "text/plain", b"quick")
+
+    async def _large(self) -> Page:
+        return Page(200, "text/plain", b"x" * 32 * 1024**2)
 
     async def _slow(self) -> Page:
         await self.release.wait()
@@ -775,6 +782,23 @@ async def test_caller_that_leaves_in_the_middle(folder: Path) -> None:
         await it.connections(0)
 
     assert [(fact.status, fact.code) for fact in it.facts] == [(499, "client_left")]
+
+
+async def test_caller_that_does_not_take_its_answer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A caller that leaves its answer lying is cut off after the settings' time, and nobody is alarmed."""
+    clock = HandClock()
+    async with house(folder, clock, write_timeout_s=3.0) as it:
+        caller = await it.caller()
+        caller.send("/large")
+        await it.inside(1)
+        await clock.advance(2.9)
+        before = it.accept.requests_inside
+        await clock.advance(0.2)
+        await it.connections(0)
+
+    assert before == 1
+    assert [(fact.status, fact.code) for fact in it.facts] == [(499, "write_timeout")]
+    assert caplog.records == []
 
 
 async def test_connection_above_the_bound(folder: Path) -> None:
