@@ -43,6 +43,11 @@ class EmbeddingError(Exception):
         self.upstream = ""
         """Where it happened; empty when no upstream was asked."""
 
+    @property
+    def label(self) -> str:
+        """The code for metrics and logs, out of a closed set."""
+        return self.code
+
 
 # --- the caller's ---
 
@@ -197,3 +202,8 @@ class UpstreamRefused(EmbeddingError):
         """Position of the culprit in its batch, where the upstream tells."""
         self.key: bytes | None = None
         """Key of the culprit: batches are cut and requests thinned out on the way, a key stays the same."""
+
+    @property
+    def label(self) -> str:
+        """Always ours: `code` may be any word that the upstream has said."""
+        return type(self).code

@@ -323,7 +323,7 @@ class Accept:
                 path=facts.path,
                 status=facts.status,
                 total_s=total_s,
-                code=error.code if error else ("" if facts.status != CLIENT_LEFT else "client_left"),
+                code=error.label if error else ("" if facts.status != CLIENT_LEFT else "client_left"),
                 message=error.message if error else "",
                 caller=facts.caller,
                 model=request.spec.model if request else "",

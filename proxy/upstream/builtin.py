@@ -9,6 +9,7 @@ Computing happens in a thread of its own, in small portions: the event loop goes
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ class Builtin:
             rows, tokens = await asyncio.get_running_loop().run_in_executor(self._thread, self._embedded, batch)
             code = ""
         except EmbeddingError as error:
-            code = error.code
+            code = error.label
             raise
         finally:
             seconds = self._clock.now() - start
@@ -112,8 +113,9 @@ def _portions(texts: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     yield first, len(texts)
 
 
+@functools.cache
 def _loaded() -> WordLlamaInference:
-    """Load the weights that lie in the package; nothing is fetched."""
+    """Load the weights that lie in the package, once per process; nothing is fetched."""
     import wordllama
 
     folder = os.path.dirname(wordllama.__file__)

@@ -87,7 +87,7 @@ class Transport:
             rows = gate(raw.vectors, count=len(batch.inputs), width=batch.width)
             code, tokens = "", raw.tokens
         except EmbeddingError as error:
-            code = error.code
+            code = error.label
             raise
         finally:
             seconds = self._clock.now() - start

@@ -163,7 +163,10 @@ class Lifecycle:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
-            await self._reload()
+            try:
+                await self._reload()
+            except Exception as error:  # a defect of ours, but no reason to stop serving
+                self._observe(ReloadFinished(problem=f"internal error {type(error).__name__}"))
 
     async def _reload(self) -> None:
         """Build, prove, swap; the old pipeline finishes what is inside it."""
