@@ -263,6 +263,23 @@ async def test_caller_leaves_between_attempts() -> None:
     assert len(inner.calls) == 1
 
 
+async def test_time_of_all_attempts() -> None:
+    """The time upstream is that of all attempts together, without the wait for a slot."""
+    clock = HandClock()
+    inner = ScriptedStage()
+    call = asyncio.create_task(stage(inner, clock=clock)(make_batch()))
+    first = await inner.next()
+    await clock.advance(2)
+    first.fail(failed())
+    second = await inner.next()
+    await clock.advance(4)
+    second.answer(Answer(rows_of(["a text"]), 1, "u", queue_s=1.0, upstream_s=3.0))
+    answer = await call
+
+    assert answer.upstream_s == pytest.approx(5.0)
+    assert answer.queue_s == 1.0
+
+
 async def test_calls_at_a_time_count_for_themselves() -> None:
     """Concurrent calls share nothing: each has its own attempts."""
     inner = ScriptedStage()

@@ -585,6 +585,62 @@ def test_variables_that_kubernetes_makes_up() -> None:
     assert config.load(None, variables) == config.load(None, {})
 
 
+# --- the way out ---
+
+
+def far_table(base_url: str = "https://far.example/v1", **transport: Any) -> dict[str, Any]:
+    return {**BASE, "upstreams": {"u": {"kind": "openai", "base_url": base_url, "transport": transport}}}
+
+
+@pytest.mark.parametrize(
+    ("base_url", "variables", "expected"),
+    [
+        ("https://far.example/v1", {}, ""),
+        ("https://far.example/v1", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
+        ("https://far.example/v1", {"https_proxy": "http://p:1"}, "http://p:1"),
+        ("https://far.example/v1", {"HTTP_PROXY": "http://p:1"}, ""),
+        ("http://far.example/v1", {"HTTP_PROXY": "http://p:1", "ALL_PROXY": "http://q:1"}, "http://p:1"),
+        ("https://far.example/v1", {"ALL_PROXY": "http://q:1"}, "http://q:1"),
+        ("https://far.example/v1", {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "other.example"}, "http://p:1"),
+        ("https://far.example/v1", {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "other.example,far.example"}, ""),
+        ("https://far.example/v1", {"HTTPS_PROXY": "http://p:1", "no_proxy": ".example"}, ""),
+        ("https://far.example/v1", {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}, ""),
+        ("http://127.0.0.1:1/v1", {"HTTP_PROXY": "http://p:1"}, ""),
+        ("http://localhost:1/v1", {"ALL_PROXY": "http://p:1"}, ""),
+        ("http://[::1]:1/v1", {"ALL_PROXY": "http://p:1"}, ""),
+    ],
+)
+def test_proxy_of_the_environment(base_url: str, variables: dict[str, str], expected: str, read: Reader) -> None:
+    """The usual variables say how to get out; what they except, and this machine, is asked directly."""
+    assert read(far_table(base_url), variables).settings.upstreams["u"].transport.http_proxy == expected
+
+
+def test_proxy_of_file_and_environment(read: Reader) -> None:
+    """The file's proxy goes before the environment's, and holds for excepted hosts too."""
+    loaded = read(far_table(http_proxy="http://p:1"), {"HTTPS_PROXY": "http://q:1", "NO_PROXY": "*"})
+
+    assert loaded.settings.upstreams["u"].transport.http_proxy == "http://p:1"
+
+
+def test_proxy_and_the_embedded_model() -> None:
+    """The embedded model goes nowhere, so no proxy is in its settings, and a wrong one does it no harm."""
+    loaded = config.load(None, {"ALL_PROXY": "socks5://p:1"})
+
+    assert loaded.settings.upstreams["builtin"].transport.http_proxy == ""
+
+
+@pytest.mark.parametrize("proxy", ["p:1", "socks5://p:1", "https://p:1", "http://", f"http//me:{SECRET}@p"])
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_proxy_that_cannot_be_used(proxy: str, is_variable: bool, read: Reader) -> None:
+    """Another proxy than an HTTP one is a mistake, told without its address: that may hold a password."""
+    variables = {"HTTPS_PROXY": proxy} if is_variable else {}
+    problem = one(read.problems(far_table(**({} if is_variable else {"http_proxy": proxy})), variables))
+
+    assert problem.startswith("upstreams.u.transport.http_proxy")
+    assert problem.endswith("is not http://host:port")
+    assert SECRET not in problem
+
+
 # --- secrets ---
 
 
@@ -664,6 +720,15 @@ def test_secrets_in_the_repr(read: Reader) -> None:
 
     assert loaded.api_keys == {"u": SECRET}
     assert SECRET not in repr(loaded)
+
+
+@pytest.mark.parametrize("spelled", ["http://me:{}@p:1", "http://{}@p:1", "http://me:x@{}@p:1"])
+def test_password_of_a_proxy_in_the_table(spelled: str, read: Reader) -> None:
+    """A proxy is shown without who we are to it, wherever the signs stand in the password."""
+    table = config.as_table(read(far_table(), {"HTTPS_PROXY": spelled.format(SECRET)}).settings)
+
+    assert SECRET not in tomli_w.dumps(table)
+    assert table["upstreams"]["u"]["transport"]["http_proxy"].endswith("@p:1")
 
 
 def test_secrets_in_the_table(read: Reader) -> None:

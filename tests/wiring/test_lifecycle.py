@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,16 @@ from tests.fakes.upstream import FakeUpstream, Fault
 FACT = LifecycleMoved("ready")
 
 
-async def until(is_so: Callable[[], Any]) -> None:
+async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
     """Wait until something is so; whether it ever is, is the test."""
     async with asyncio.timeout(10):
         while not await is_so():
             await asyncio.sleep(0.01)
+
+
+async def is_gone(path: str) -> bool:
+    """Whether the drain has begun: it removes the path first."""
+    return not os.path.exists(path)
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -179,7 +184,7 @@ async def test_readiness_while_draining(tmp_path: Path) -> None:
             async with proxy.unix.get("/livez"):
                 pass
             proxy.lifecycle.stop()
-            await asyncio.sleep(0.05)
+            await until(lambda: is_gone(proxy.socket_path))
             status, body = await proxy.get("/readyz")
             async with proxy.unix.get("/status") as answer:
                 state = (await answer.json())["state"]
@@ -280,7 +285,7 @@ async def test_signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
                 await until(is_reloaded)
                 os.kill(os.getpid(), signal.SIGTERM)
-                await asyncio.sleep(0.05)
+                await until(lambda: is_gone(proxy.socket_path))
                 status, _ = await proxy.get("/readyz")
             finally:
                 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):

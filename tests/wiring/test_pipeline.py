@@ -402,6 +402,7 @@ async def test_canary_of_one_upstream_of_two_fails(tmp_path: Path) -> None:
             async with asyncio.timeout(5):
                 while len(good.seen) == 1 and clock.now() < 1900:  # the exchange itself takes real turns of the loop
                     await clock.advance(1)
+                    await asyncio.sleep(0.001)
             after = clock.now()
         await pipeline.aclose()
 

@@ -819,15 +819,23 @@ async def test_connection_above_the_bound(folder: Path) -> None:
 
 async def test_connections_that_come_all_at_once(folder: Path) -> None:
     """The bound holds for connections that are accepted in one turn of the loop too."""
+    answers = []
     async with house(folder, MonotonicClock(), max_connections=2) as it:
         with contextlib.ExitStack() as stack:
-            for _ in range(6):  # they wait in the queue: this does not let the loop turn
-                stack.enter_context(socket.create_connection(("127.0.0.1", it.port)))
-            await asyncio.sleep(0.05)
-            connections = it.server.connections
+            # They wait in the queue: none of this lets the loop turn.
+            socks = [stack.enter_context(socket.create_connection(("127.0.0.1", it.port))) for _ in range(6)]
+            for sock in socks:
+                sock.sendall(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+                sock.setblocking(False)
+            for sock in socks:
+                async with asyncio.timeout(5):
+                    try:
+                        answers.append(await asyncio.get_running_loop().sock_recv(sock, 15))
+                    except ConnectionResetError:
+                        answers.append(b"")
         await it.connections(0)
 
-    assert connections == 2
+    assert answers == [b"HTTP/1.1 200 OK"] * 2 + [b""] * 4
 
 
 async def test_idle_connection(folder: Path) -> None:
@@ -852,6 +860,7 @@ async def test_request_inside_at_the_drain(folder: Path) -> None:
         await it.inside(1)
         drain = asyncio.create_task(it.server.drain(timeout_s=30, linger_s=1))
         await clock.advance(29)
+        await asyncio.sleep(0.05)  # time for a cut that should not come
         was_done = drain.done()
         it.release.set()
         head, body = await caller.answer()
@@ -925,6 +934,7 @@ async def test_request_that_hangs_at_the_drain(folder: Path) -> None:
         await it.inside(1)
         drain = asyncio.create_task(it.server.drain(timeout_s=2, linger_s=1))
         await clock.advance(1.9)
+        await asyncio.sleep(0.05)  # time for a cut that should not come
         was_done = drain.done()
         await clock.advance(0.2)
         async with asyncio.timeout(5):
