@@ -26,6 +26,7 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
     """
     Declare one setting.
@@ -38,6 +39,7 @@ def setting(
         reload: whether SIGHUP takes a changed value; else the next start does.
         low, high: inclusive bounds.
         choices: the words allowed.
+        secret: whether a value may give something away; it is in no message and no repr then.
     """
     metadata = {
         "doc": doc,
@@ -47,10 +49,11 @@ def setting(
         "low": low,
         "high": high,
         "choices": choices,
+        "secret": secret,
     }
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: dict(default), metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 # --- floor 3 and the edge ---
@@ -146,7 +149,7 @@ class CallerSettings:
 
     key_sha256: str = setting(
         "", "SHA-256 of the key, in hexadecimal: `printf %s \"$KEY\" | sha256sum`.",
-        why="the file holds nothing that opens the door",
+        why="the file holds nothing that opens the door", secret=True,
     )  # fmt: skip
 
 
@@ -294,6 +297,7 @@ class TransportSettings:
         "",
         "HTTP proxy to go through, `http://host:port`. Empty: `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, "
         "as read at start and reload; never for loopback.",
+        secret=True,
     )
     ca_file: str = setting("", "CA certificates to trust, PEM. Empty: the system's.")
     client_cert_file: str = setting("", "Client certificate to show, PEM.")
@@ -318,7 +322,7 @@ class UpstreamSettings:
     base_url: str = setting("", "Where `/embeddings` is appended. Empty: the profile's own, if it has one.")
     api_key_env: str = setting("", "Environment variable that holds the API key.")
     api_key_file: str = setting("", "File that holds the API key; read at start and reload.")
-    headers: Mapping[str, str] = setting({}, "Further headers for each call.")
+    headers: Mapping[str, str] = setting({}, "Further headers for each call.", secret=True)
     batch: BatchSettings = field(default_factory=BatchSettings)
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     bucket: BucketSettings = field(default_factory=BucketSettings)

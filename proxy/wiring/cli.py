@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -64,7 +65,8 @@ def _run(options: argparse.Namespace) -> int:
 
     def greet(listeners: list[Listener], pipeline: Pipeline) -> None:
         if wants_hello:
-            print(hello(listeners, pipeline.problems(), pipeline.catalogue.default), flush=True)
+            default, needs_key = pipeline.catalogue.default, bool(pipeline.callers)
+            print(hello(listeners, pipeline.problems(), default, needs_key=needs_key), flush=True)
 
     async def serve() -> None:
         lifecycle = Lifecycle(options.config, os.environ, greet=greet)
@@ -89,19 +91,19 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def hello(listeners: list[Listener], problems: dict[str, str], default: str) -> str:
+def hello(listeners: list[Listener], problems: dict[str, str], default: str, *, needs_key: bool = False) -> str:
     """Say what is served and what to paste."""
     lines = [f"embedding-sidecar {VERSION} is {'not ready' if any(problems.values()) else 'ready'}"]
     for model, problem in problems.items():
         mark = " (default)" if model == default else ""
         lines.append(f"  model {model}{mark}: {problem or 'ok'}")
     lines += ["", "Paste into another terminal:"]
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     for listener in listeners:
-        where = (
-            f"--unix-socket {listener.address} http://localhost"
-            if listener.name == "unix"
-            else f"http://{listener.address}"
-        )
+        if listener.name == "unix":
+            where = f"--unix-socket {shlex.quote(listener.address)} http://localhost"
+        else:
+            where = f"{key}http://{listener.address}"
         lines.append(f"""  curl -s {where}/v1/embeddings --json '{{"input": "hello world"}}'""")
     lines += ["", "Ctrl-C stops it.", ""]
     return "\n".join(lines)

@@ -38,7 +38,8 @@ def main() -> None:
             starts.append(time.perf_counter() - start)
             with_model = resident_bytes(sidecar.pid)
     print(
-        f"start to ready, embedded model: {min(starts):.2f} to {max(starts):.2f} s, median {statistics.median(starts):.2f}"
+        f"start to ready, embedded model: {min(starts):.2f} to {max(starts):.2f} s, "
+        f"median {statistics.median(starts):.2f}"
     )
     print(f"memory idle, with the embedded model: {with_model / 1e6:.0f} MB")
     with Sidecar(NOWHERE) as sidecar:

@@ -275,6 +275,18 @@ async def test_upstream_changes_its_model() -> None:
     assert play.shown["a"]["is_verified"]
 
 
+async def test_all_upstreams_change_their_model() -> None:
+    """Where all upstreams move together, the model is served all the time, and by all of them a round later."""
+    play = Play("a", "b")
+    await play.sing()
+    await play.sing(ELSEWHERE, ELSEWHERE)
+    problems = play.balance.problems()
+    is_right = await play.sing(ELSEWHERE, ELSEWHERE)
+
+    assert problems == {"m": ""}
+    assert is_right
+
+
 async def test_verified_upstream_fails_a_canary() -> None:
     """A canary that fails says nothing about the space: the upstream stays, the breaker judges its health."""
     play = Play("a")

@@ -159,8 +159,12 @@ async def test_probe_fails(play: Play) -> None:
 
     assert error.retry_after_s == 10.0
     assert play.moves == [
-        ("closed", "open"), ("open", "half-open"), ("half-open", "open"), ("open", "half-open"), ("half-open", "closed"),
-    ]  # fmt: skip
+        ("closed", "open"),
+        ("open", "half-open"),
+        ("half-open", "open"),
+        ("open", "half-open"),
+        ("half-open", "closed"),
+    ]
 
 
 # --- the probe ---

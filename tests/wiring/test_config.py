@@ -315,11 +315,11 @@ def test_value_of_a_wrong_type(leaf: Leaf, read: Reader) -> None:
 @pytest.mark.parametrize(
     ("toml", "expected"),
     [
-        ("listen = 5", "listen = 5: is a table, write [listen]"),
-        ("models = true", "models = true: is a table, write [models.<name>]"),
-        ("[upstreams]\na = 'x'", "upstreams.a = 'x': is a table, write [upstreams.a]"),
-        ("[upstreams.a]\nbatch = 5", "upstreams.a.batch = 5: is a table, write [upstreams.a.batch]"),
-        ("[upstreams.a]\nheaders.b = 1", "upstreams.a.headers.b = 1: is not a text"),
+        ("listen = 5", "listen: is a table, write [listen]"),
+        ("models = true", "models: is a table, write [models.<name>]"),
+        ("[upstreams]\na = 'x'", "upstreams.a: is a table, write [upstreams.a]"),
+        ("[upstreams.a]\nbatch = 5", "upstreams.a.batch: is a table, write [upstreams.a.batch]"),
+        ("[upstreams.a]\nheaders.b = 1", "upstreams.a.headers.b: is not a text"),
         ("[models.'a b']\nspace = 1", 'models."a b".space = 1: is not a text'),
     ],
 )
@@ -419,7 +419,7 @@ def test_key_with_a_line_break(read: Reader) -> None:
         (None, "cannot be read: No such file or directory"),
         (b"a = ", "is not valid TOML: "),
         (b"a = 1\na = 2", "is not valid TOML: "),
-        (b'a = "\xff"', "is not valid TOML: "),
+        (b'a = "\xff"', "is not UTF-8: byte 5"),
     ],
     ids=["missing", "half a line", "a key twice", "not UTF-8"],
 )
@@ -526,9 +526,9 @@ def test_odd_model_name_in_a_variable(read: Reader) -> None:
 )
 def test_wrong_value_in_a_variable(name: str, value: str, expected: str, read: Reader) -> None:
     """A value that cannot be read is told by the variable's name."""
-    variable = f"EMBEDDING_SIDECAR__{name}"
+    variable, where = f"EMBEDDING_SIDECAR__{name}", name.lower().replace("__", ".")
 
-    assert read.problems(BASE, {variable: value}) == [f"${variable} = '{value}': {expected}"]
+    assert read.problems(BASE, {variable: value}) == [f"${variable}: {where} = '{value}': {expected}"]
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_proxy_that_cannot_be_used(proxy: str, is_variable: bool, read: Reader) 
     problem = one(read.problems(far_table(**({} if is_variable else {"http_proxy": proxy})), variables))
 
     assert problem.startswith("upstreams.u.transport.http_proxy")
-    assert problem.endswith("is not http://host:port")
+    assert "is not http://host:port" in problem
     assert SECRET not in problem
 
 
@@ -862,11 +862,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "certificates that are not there": (
         key_table(transport={"ca_file": "/nowhere/ca.pem"}),
-        "upstreams.u.transport: ca_file, client_cert_file or client_key_file cannot be used: No such file",
+        "upstreams.u.transport.ca_file = '/nowhere/ca.pem': cannot be read",
     ),
     "certificates that are none": (
         key_table(transport={"client_cert_file": __file__}),
-        "upstreams.u.transport: ca_file, client_cert_file or client_key_file cannot be used: ",
+        "upstreams.u.transport: ca_file, client_cert_file and client_key_file are no certificates and key that fit",
     ),
     "client key without its certificate": (
         key_table(transport={"client_key_file": "/nowhere/key.pem"}),
@@ -882,7 +882,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "upstream with a slip": (
         {"upstreams": {"local": BASE["upstreams"]["u"]}, "models": {"m": {"upstreams": ["locla"]}}},
-        "models.m.upstreams = 'locla': no such upstream; did you mean 'local'?; known: local",
+        "models.m.upstreams = 'locla': no such upstream; did you mean 'local'; known: local",
     ),
     "another model at the embedded one": (
         builtin_table(upstream_model="bge"),
@@ -890,7 +890,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width that the embedded model has not": (
         builtin_table(dimensions_allowed=[100]),
-        "models.m.dimensions: the embedded model has 64, 128, 256",
+        "models.m.dimensions_allowed = [100]: the embedded model has 64, 128, 256",
     ),
     "text too long for the embedded model": (
         builtin_table(max_input_bytes=32_769),
@@ -912,11 +912,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"upstreams": BASE["upstreams"]},
         "models: there is none; add [models.<name>] with upstreams",
     ),
-    "alias of itself": (model_table(aliases=["m"]), "models.m.aliases = 'm': is the name of another model or alias"),
-    "alias twice": (model_table(aliases=["a", "a"]), "models.m.aliases = 'a': is the name of another model or alias"),
+    "alias of itself": (model_table(aliases=["m"]), "models.m.aliases = 'm': is a name already"),
+    "alias twice": (model_table(aliases=["a", "a"]), "models.m.aliases = 'a': is a name already"),
     "alias of two models": (
         {**BASE, "models": {"m": {"upstreams": ["u"], "aliases": ["a"]}, "n": {"upstreams": ["u"], "aliases": ["a"]}}},
-        "models.n.aliases = 'a': is the name of another model or alias",
+        "models.n.aliases = 'a': is a name already",
     ),
     "default with a slip": (
         {**model_table(aliases=["other"]), "request": {"default_model": "othr"}},
@@ -1040,9 +1040,11 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
         elif leaf.where[-1] in ("allowed_uids", "dimensions_allowed"):
             value = draw(st.lists(st.integers(1, 10**6), max_size=3))
         elif leaf.where[-1] in ("aliases",):
-            value = draw(st.lists(st.text(min_size=1).filter(lambda s: s != "m"), max_size=3, unique=True))
+            value = draw(
+                st.lists(st.text(min_size=1).filter(lambda s: s != "m" and s.isprintable()), max_size=3, unique=True)
+            )
         elif leaf.where[-1] in ("space", "upstream_model"):
-            value = draw(st.text())
+            value = draw(st.text().filter(str.isprintable))
         else:
             continue
         at = table
