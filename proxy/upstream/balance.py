@@ -115,14 +115,13 @@ class Balance:
         """
         return await self._models[batch.spec.model](batch)
 
-    async def sing(self, model: str, deadline: float) -> bool:
-        """
-        Ask each upstream of a model for the canary's vector.
+    async def sing(self, model: str, deadline: float) -> None:
+        """Ask each upstream of a model for the canary's vector; what comes of it is in `problems()`."""
+        await self._models[model].sing(deadline)
 
-        Returns:
-            Whether all of them gave a right one.
-        """
-        return await self._models[model].sing(deadline)
+    def is_whole(self, model: str) -> bool:
+        """Whether the last canary of every upstream of a model was right."""
+        return self._models[model].is_whole
 
     def problems(self) -> dict[str, str]:
         """Say by model why it cannot be served; empty where at least one upstream can."""
@@ -190,11 +189,14 @@ class Model:
 
     # --- canaries ---
 
-    async def sing(self, deadline: float) -> bool:
+    @property
+    def is_whole(self) -> bool:
+        return not any(member.problem for member in self._members)
+
+    async def sing(self, deadline: float) -> None:
         for member in self._members:  # in their order: the first right one is the reference for the others
             await self._sung(member, deadline)
         self._first_round.set()
-        return not any(member.problem for member in self._members)
 
     async def _sung(self, member: Member, deadline: float) -> None:
         start = self._clock.now()

@@ -110,17 +110,15 @@ class Pipeline:
 
     async def _keep_proving(self, model: str, clock: Clock) -> None:
         settings = self.settings.lifecycle
-        first_retry_s = min(settings.canary_retry_s, settings.canary_interval_s)
-        wait = settings.canary_interval_s if not self.problems()[model] else first_retry_s
+        retry_s = settings.canary_retry_s
         while True:
-            await clock.sleep(wait)
-            is_right = await self._balance.sing(model, clock.now() + settings.canary_timeout_s)
-            if is_right:
-                wait = settings.canary_interval_s
+            if self._balance.is_whole(model):
+                wait, retry_s = settings.canary_interval_s, settings.canary_retry_s
             else:
-                wait = (
-                    first_retry_s if wait == settings.canary_interval_s else min(wait * 2, settings.canary_interval_s)
-                )
+                wait = min(retry_s, settings.canary_interval_s)
+                retry_s = wait * 2
+            await clock.sleep(wait)
+            await self._balance.sing(model, clock.now() + settings.canary_timeout_s)
 
     def problems(self) -> dict[str, str]:
         """Say by model why it cannot be served; empty where it can."""

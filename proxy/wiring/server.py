@@ -33,6 +33,9 @@ _LINGERING_S = 2.0
 
 _POLL_S = 0.02
 
+_PAUSE_S = 1.0
+"""How long nothing is accepted when file descriptors have run out; asyncio's own pause."""
+
 _CUT_OFF_S = 0.01
 """What is left after the drain ends now. Not zero: aiohttp takes that for no bound at all."""
 
@@ -73,6 +76,7 @@ def open_listeners(settings: ListenSettings, environ: Mapping[str, str], *, has_
     if listeners:
         for listener in listeners:
             if listener.name == "tcp" and not has_keys and not is_loopback(listener.sock.getsockname()[0]):
+                close_listeners(listeners)
                 raise ListenError(
                     f"the socket handed over listens on {listener.address}, which is reachable from outside, and no "
                     "client keys are configured; add [callers.<name>] with key_sha256"
@@ -94,10 +98,18 @@ def open_listeners(settings: ListenSettings, environ: Mapping[str, str], *, has_
 def _inherited(environ: Mapping[str, str]) -> list[Listener]:
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    listeners = []
-    for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + int(environ.get("LISTEN_FDS", "0"))):
-        os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=fd)
+    count = environ.get("LISTEN_FDS", "0")
+    listeners: list[Listener] = []
+    for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + (int(count) if count.isdecimal() else 1)):
+        try:
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            close_listeners(listeners)
+            raise ListenError(
+                f"$LISTEN_FDS = {count!r}: file descriptor {fd} is no socket ({error.strerror}); "
+                "whoever starts this process has to hand over as many as it says"
+            ) from error
         sock.setblocking(False)
         if sock.family == socket.AF_UNIX:
             listeners.append(Listener("unix", str(sock.getsockname()), sock))
@@ -163,8 +175,13 @@ def _refuse_taken(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             return
+        except BlockingIOError:
+            pass  # somebody listens, and is too busy to accept
         except OSError as error:
-            raise ListenError(f"cannot tell whether {path} is in use: {error.strerror or error}") from error
+            raise ListenError(
+                f"cannot tell whether {path} is in use: {error.strerror or error}; it may belong to another user: "
+                "remove it, or set listen.socket to another place"
+            ) from error
     raise ListenError(
         f"{path} is in use: a process answers there; stop it, or set listen.socket (or $EMBEDDING_SIDECAR_SOCKET) "
         "to another place"
@@ -176,8 +193,9 @@ def _tcp(address: str, backlog: int) -> Listener:
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
-    except OSError as error:
-        raise ListenError(f"cannot listen on {address}: {error.strerror}; set listen.tcp") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this is no host name"
+        raise ListenError(f"cannot listen on {address}: {reason}; set listen.tcp") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
@@ -206,6 +224,7 @@ def close_listeners(listeners: list[Listener]) -> None:
                     os.unlink(listener.address)
             except OSError:
                 pass  # somebody has removed it already
+            listener.owned_inode = 0  # the file system may give the number to the next file
 
 
 # --- serving ---
@@ -220,33 +239,35 @@ class Server:
         self._settings = settings
         self._clock = clock
         self._servers: list[_Server] = []
-        self._acceptors: list[asyncio.Server] = []
+        self._acceptors: list[_Acceptor] = []
+        self.connections = 0
+        """How many are open; one that has just come in is in no list of aiohttp's yet, but counts here."""
 
     async def start(self) -> None:
         """Begin to accept."""
-        loop = asyncio.get_running_loop()
         for listener in self._listeners:
             server = _Server(
                 self._accept,
                 listener.name,
+                closed=self._closed,
                 keepalive_timeout=self._settings.keepalive_timeout_s,
                 lingering_time=_LINGERING_S,
                 access_log=None,
             )
             self._servers.append(server)
-            # create_server also for the Unix socket: create_unix_server may remove a path that is not ours to remove.
-            acceptor = await loop.create_server(
-                functools.partial(self._protocol, server), sock=listener.sock, backlog=self._settings.backlog
-            )
+            acceptor = _Acceptor(listener.sock, functools.partial(self._protocol, server))
+            acceptor.start()
             self._acceptors.append(acceptor)
 
-    def _protocol(self, server: _Server) -> asyncio.Protocol:
-        return server() if self.connections < self._settings.max_connections else _Refusal()
+    def _protocol(self, server: _Server) -> asyncio.Protocol | None:
+        """Make the protocol of a new connection; None when there are enough of them."""
+        if self.connections >= self._settings.max_connections:
+            return None
+        self.connections += 1
+        return server()
 
-    @property
-    def connections(self) -> int:
-        """How many are open."""
-        return sum(len(server.connections) for server in self._servers)
+    def _closed(self) -> None:
+        self.connections -= 1
 
     async def drain(self, *, timeout_s: float, linger_s: float) -> None:
         """
@@ -262,9 +283,8 @@ class Server:
             linger_s: idle connections get this long.
         """
         self._accept.is_draining = True
-        await asyncio.sleep(0)  # connections that wait in the queue are taken before it is closed
-        for acceptor in self._acceptors:
-            acceptor.close()
+        while self._acceptors:
+            await self._acceptors.pop().stop()
         close_listeners(self._listeners)
         start = self._clock.now()
         while self.connections:
@@ -283,14 +303,17 @@ class Server:
 class _Server(web.Server):
     """aiohttp's low-level server, whose connections spell errors as we do."""
 
-    def __init__(self, accept: Accept, listener: str, **options: Any) -> None:
+    def __init__(self, accept: Accept, listener: str, *, closed: Callable[[], None], **options: Any) -> None:
         super().__init__(functools.partial(accept, listener=listener), handler_cancellation=True, **options)
         self._accept = accept
         self._listener = listener
+        self._closed = closed
 
     def __call__(self) -> web.RequestHandler:
         malformed = functools.partial(self._accept.malformed, self._listener)
-        return _Connection(self, loop=asyncio.get_running_loop(), malformed=malformed, **self._kwargs)
+        return _Connection(
+            self, loop=asyncio.get_running_loop(), malformed=malformed, closed=self._closed, **self._kwargs
+        )
 
 
 class _Connection(web.RequestHandler):
@@ -301,11 +324,18 @@ class _Connection(web.RequestHandler):
     it, in its answer and in the log; it may be anybody's text.
     """
 
-    __slots__ = ("_malformed",)
+    __slots__ = ("_closed", "_malformed")
 
-    def __init__(self, manager: web.Server, *, malformed: Callable[[], web.Response], **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, *, malformed: Callable[[], web.Response], closed: Callable[[], None], **options: Any
+    ) -> None:
         super().__init__(manager, **options)
         self._malformed = malformed
+        self._closed = closed
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._closed()
 
     def handle_error(
         self,
@@ -319,8 +349,54 @@ class _Connection(web.RequestHandler):
         return self._malformed()
 
 
-class _Refusal(asyncio.Protocol):
-    """Closes a connection over the bound at once."""
+class _Acceptor:
+    """
+    Accepts the connections of one listening socket.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+    asyncio's own servers lose some when they are closed: those that wait in the queue are reset, and one that is being
+    accepted at that moment is left open and never served. Here it is all one synchronous stretch.
+    """
+
+    def __init__(self, sock: socket.socket, protocol: Callable[[], asyncio.Protocol | None]) -> None:
+        self._sock = sock
+        self._protocol = protocol
+        self._loop = asyncio.get_running_loop()
+        self._connecting: set[asyncio.Task[Any]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Accept what comes."""
+        self._pause = None
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    async def stop(self) -> None:
+        """Take what waits in the queue, then no more; each connection taken has its protocol when this returns."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._sock.fileno())
+        self._accept()
+        if self._connecting:
+            await asyncio.wait(self._connecting)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                waiting, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:
+                # No file descriptor or memory is left. The socket stays readable: looking again at once would spin.
+                self._loop.remove_reader(self._sock.fileno())
+                self._pause = self._loop.call_later(_PAUSE_S, self.start)
+                return
+            waiting.setblocking(False)
+            protocol = self._protocol()
+            if protocol is None:
+                waiting.close()
+                continue
+            task = self._loop.create_task(self._connected(protocol, waiting))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connected(self, protocol: asyncio.Protocol, waiting: socket.socket) -> None:
+        await self._loop.connect_accepted_socket(lambda: protocol, waiting)

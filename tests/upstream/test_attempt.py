@@ -40,6 +40,12 @@ def failed(retry_after_s: float | None = None) -> errors.UpstreamFailed:
     return errors.UpstreamFailed("it broke", retry_after_s=retry_after_s)
 
 
+async def ended(call: asyncio.Task[Answer]) -> Answer:
+    """Wait for the end of a call; fails the test when it does not come within five seconds."""
+    async with asyncio.timeout(5):
+        return await call
+
+
 # --- the rule ---
 
 
@@ -148,7 +154,7 @@ async def test_success_after_failures() -> None:
     (await inner.next()).fail(failed())
     (await inner.next()).fail(errors.BadVectors("nonsense"))
     (await inner.next()).answer(answer_to(batch))
-    answer = await call
+    answer = await ended(call)
 
     assert answer.attempts == 3
     assert answer.rows == rows_of(batch.inputs)
@@ -166,10 +172,10 @@ async def test_next_attempt_knows_who_failed() -> None:
         error.upstream = upstream
         (await inner.next()).fail(error)
     (await inner.next()).answer(answer_to(make_batch()))
-    await call
+    await ended(call)
     other = asyncio.create_task(attempt(make_batch()))
     (await inner.next()).answer(answer_to(make_batch()))
-    await other
+    await ended(other)
 
     assert [set(c.message.avoid) for c in inner.calls] == [set(), {"a"}, {"a", "b"}, set()]
 
@@ -182,7 +188,7 @@ async def test_all_attempts_fail() -> None:
     for error in (failed(), errors.UpstreamTimeout("second"), last):
         (await inner.next()).fail(error)
     with pytest.raises(errors.RateLimited) as caught:
-        await call
+        await ended(call)
 
     assert caught.value is last
     assert len(inner.calls) == 3
@@ -227,7 +233,7 @@ async def test_deadline_passes_during_an_attempt() -> None:
     await clock.advance(2)
     second.fail(errors.UpstreamTimeout("too slow"))
     with pytest.raises(errors.UpstreamTimeout):
-        await call
+        await ended(call)
 
     assert len(inner.calls) == 2
 
@@ -239,7 +245,7 @@ async def test_caller_leaves_during_an_attempt() -> None:
     attempt = await inner.next()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await call
+        await ended(call)
     await settle()
 
     assert attempt.was_cancelled
@@ -256,7 +262,7 @@ async def test_caller_leaves_between_attempts() -> None:
     is_waiting = not call.done()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await call
+        await ended(call)
     await settle()
 
     assert is_waiting
@@ -274,7 +280,7 @@ async def test_time_of_all_attempts() -> None:
     second = await inner.next()
     await clock.advance(4)
     second.answer(Answer(rows_of(["a text"]), 1, "u", queue_s=1.0, upstream_s=3.0))
-    answer = await call
+    answer = await ended(call)
 
     assert answer.upstream_s == pytest.approx(5.0)
     assert answer.queue_s == 1.0
@@ -290,7 +296,7 @@ async def test_calls_at_a_time_count_for_themselves() -> None:
     (await inner.next()).answer(Answer(rows_of(["second"]), 1, "u"))
     failing.fail(failed())
     (await inner.next()).answer(Answer(rows_of(["first"]), 1, "u"))
-    answers = await first, await second
+    answers = await ended(first), await ended(second)
 
     assert [answer.attempts for answer in answers] == [2, 1]
     assert [answer.rows for answer in answers] == [rows_of(["first"]), rows_of(["second"])]

@@ -120,7 +120,7 @@ async def test_nothing_to_embed(builtin: Builtin, events: list[Event], index: in
 
     assert caught.value.index == index
     assert (caught.value.status, caught.value.code) == (400, "nothing_to_embed")
-    assert events == [AttemptFinished("b", "nothing_to_embed", 0.0, 261)]
+    assert events == [AttemptFinished("b", "upstream_refused", 0.0, 261)]
 
 
 @pytest.mark.parametrize("left_s", [0.0, -1.0])

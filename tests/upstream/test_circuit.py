@@ -54,7 +54,8 @@ class Play:
         """See one call refused without a trace at the upstream; returns the error."""
         before = len(self.inner.calls)
         with pytest.raises(errors.CircuitOpen) as caught:
-            await self.circuit(make_batch())
+            async with asyncio.timeout(5):
+                await self.circuit(make_batch())
         assert len(self.inner.calls) == before
         return caught.value
 

@@ -278,12 +278,16 @@ class Singers:
         self.sung: list[tuple[float, str, float]] = []
         self.right: dict[str, bool] = {}
         self.broken: dict[str, str] = {}
+        self.whole: dict[str, bool] = {}
         self.is_closed = False
 
-    async def sing(self, model: str, deadline: float) -> bool:
+    async def sing(self, model: str, deadline: float) -> None:
         now = self._clock.now()
         self.sung.append((now - 1000, model, deadline - now))
-        return self.right.get(model, True)
+        self.whole[model] = self.right.get(model, True)
+
+    def is_whole(self, model: str) -> bool:
+        return self.whole.get(model, model not in self.broken)
 
     def problems(self) -> dict[str, str]:
         return {"m": "", **self.broken}
