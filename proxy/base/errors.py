@@ -9,6 +9,7 @@ a caller's text: they end in answers and logs.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class Fault(enum.StrEnum):
@@ -82,8 +83,8 @@ class WrongMethod(InvalidRequest):
 
     code = "method_not_allowed"
 
-    def __init__(self, message: str, *, allowed: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, allowed: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(message, **options)
         self.allowed = allowed
         """Methods that the path takes."""
 

@@ -192,7 +192,10 @@ def _params(fields: dict[str, Any]) -> bytes:
     """Spell what we do not know ourselves canonically: equal parameters, equal bytes."""
     if fields.keys() <= _OWN_FIELDS:
         return b"{}"
-    return orjson.dumps({k: v for k, v in fields.items() if k not in _OWN_FIELDS}, option=orjson.OPT_SORT_KEYS)
+    try:
+        return orjson.dumps({k: v for k, v in fields.items() if k not in _OWN_FIELDS}, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError as error:  # what was read may be nested more deeply than can be written
+        raise InvalidRequest("a parameter is nested too deeply", code="invalid_request") from error
 
 
 # --- the inputs ---
@@ -222,11 +225,14 @@ def _inputs(value: Any, model: ModelSettings, max_inputs: int) -> tuple[tuple[In
         return tuple(_text(item, index) for index, item in enumerate(value)), False
     if kinds == {list}:
         return tuple(_token_ids(item, index, model) for index, item in enumerate(value)), True
-    found = ", ".join(sorted({_kind(item) for item in value}))
     if len(kinds) > 1 and kinds <= {str, int, list}:
+        found = " and ".join(word for kind, word in _ITEMS.items() if kind in kinds)
         _refuse("input", f"'input' mixes {found}; all items have to be texts, or all token ids")
     index = next(i for i, item in enumerate(value) if type(item) not in (str, int, list))
     _refuse("input", f"'input[{index}]' is {_kind(value[index])}, neither a text nor token ids")
+
+
+_ITEMS = {str: "texts", int: "numbers", list: "lists"}
 
 
 def _text(text: str, index: int | None) -> str:
@@ -266,6 +272,8 @@ def _fitted(
         place = _place(long[0] if len(inputs) > 1 else None)
         _refuse("input", f"'{place}' has {size(inputs[long[0]])} {unit}, the bound is {bound}", code="input_too_long")
     cut = {index: _cut(inputs[index], bound) for index in long}
+    if not all(cut.values()):
+        _refuse("input", f"the first character of an input passes the bound of {bound} {unit}", code="input_too_long")
     return tuple(cut.get(index, item) for index, item in enumerate(inputs)), tuple(long)
 
 

@@ -52,13 +52,15 @@ class Coalesce:
     async def __call__(self, request: Request) -> Response:
         rows: dict[bytes, Row] = {}
         response = Response((), tokens=0)
+        is_first = True
         while missing := [key for key in dict.fromkeys(request.keys) if key not in rows]:
-            own, joined = self._board(request, missing)
-            flights = {*joined.values(), *([own] if own else [])}
-            await self._landed(flights)
+            own, joined = self._board(request, missing, is_first=is_first)
+            is_first = False
+            await self._landed({*joined.values(), *([own] if own else [])})
             if own:
-                response = own.task.result()  # raises what befell our own call
-                rows.update(zip(own.rows, response.rows, strict=True))
+                part = own.task.result()  # raises what befell our own call
+                response = _added(response, part)
+                rows.update(zip(own.rows, part.rows, strict=True))
             for key, flight in joined.items():
                 error = _failure(flight.task)
                 if error is None:
@@ -67,13 +69,14 @@ class Coalesce:
                     raise error
         return replace(response, rows=tuple(rows[key] for key in request.keys))
 
-    def _board(self, request: Request, keys: list[bytes]) -> tuple[_Flight | None, dict[bytes, _Flight]]:
+    def _board(
+        self, request: Request, keys: list[bytes], *, is_first: bool
+    ) -> tuple[_Flight | None, dict[bytes, _Flight]]:
         """Join the flights that are under way, and start one for the other keys. Nothing waits in here."""
         joined = {key: flight for key in keys if (flight := self._flights.get(key)) and not flight.task.done()}
         own_keys = [key for key in keys if key not in joined]
-        shared = len(request.keys) - len(own_keys)
-        if shared:
-            self._observe(InputsJoined(request.spec.model, shared))
+        if is_first and len(own_keys) < len(request.keys):
+            self._observe(InputsJoined(request.spec.model, len(request.keys) - len(own_keys)))
         if not own_keys:
             return None, joined
         if len(own_keys) < len(request.keys):
@@ -123,3 +126,14 @@ class Coalesce:
 
 def _failure(task: asyncio.Task[Response]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def _added(response: Response, part: Response) -> Response:
+    """Put what a further call cost to what was spent before; rows are put together elsewhere."""
+    return replace(
+        part,
+        tokens=response.tokens + part.tokens,
+        queue_s=max(response.queue_s, part.queue_s),
+        upstream_s=max(response.upstream_s, part.upstream_s),
+        attempts=response.attempts + part.attempts,
+    )

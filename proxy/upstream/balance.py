@@ -92,7 +92,8 @@ def flaw(canary: Row, reference: Row | None, width: int) -> str:
     if found != wanted:
         return f"its vectors have {found} numbers, the model's have {wanted}"
     if reference is not None:
-        ours, theirs = numpy.frombuffer(canary, "<f4"), numpy.frombuffer(reference, "<f4")
+        # in double precision: squares of large float32 numbers leave float32
+        ours, theirs = (numpy.frombuffer(row, "<f4").astype("f8") for row in (canary, reference))
         cosine = float(ours @ theirs / (numpy.linalg.norm(ours) * numpy.linalg.norm(theirs)))
         if cosine < LEAST_COSINE:
             return (
@@ -152,16 +153,20 @@ class Model:
     async def __call__(self, batch: Batch) -> Answer:
         if not self._first_round.is_set():
             await self._first_round.wait()
-        member = self._chosen(self._clock.now(), batch.avoid)
         width = batch.spec.dimensions or self.width
         addressed = replace(batch, model=self._settings.upstream_model or self._name, width=width)
-        try:
-            answer = await member.upstream.call(addressed, self._clock)
-        except EmbeddingError as error:
-            error.upstream = member.upstream.name
-            raise
-        member.good_at = self._clock.now()
-        return answer
+        while True:
+            member = self._chosen(self._clock.now(), batch.avoid)
+            try:
+                answer = await member.upstream.call(addressed, self._clock)
+            except CircuitOpen:
+                # It opened while the batch waited for a slot there. Another may pass; if none does, _chosen() says so.
+                continue
+            except EmbeddingError as error:
+                error.upstream = member.upstream.name
+                raise
+            member.good_at = self._clock.now()
+            return answer
 
     def _chosen(self, now: float, avoid: frozenset[str]) -> Member:
         verified = [member for member in self._members if member.is_verified]
@@ -194,11 +199,15 @@ class Model:
         return not any(member.problem for member in self._members)
 
     async def sing(self, deadline: float) -> None:
-        for member in self._members:  # in their order: the first right one is the reference for the others
-            await self._sung(member, deadline)
+        async with asyncio.TaskGroup() as group:
+            songs = [group.create_task(self._sung(member.upstream, deadline)) for member in self._members]
+        for member, song in zip(self._members, songs, strict=True):
+            # in their order: the first right one is the reference for the others
+            self._judge(member, *song.result())
         self._first_round.set()
 
-    async def _sung(self, member: Member, deadline: float) -> None:
+    async def _sung(self, upstream: Upstream, deadline: float) -> tuple[Row | None, str, float]:
+        """Return an upstream's vector of the canary, or why there is none, and how long it took."""
         start = self._clock.now()
         batch = Batch(
             spec=Spec(self._name),
@@ -207,29 +216,26 @@ class Model:
             deadline=deadline,
             model=self._settings.upstream_model or self._name,
         )
-        before = (member.is_verified, member.problem)
+        row, problem = None, ""
         try:
             async with self._clock.timeout_at(deadline):
-                answer = await member.upstream.call(batch, self._clock)
+                row = (await upstream.call(batch, self._clock)).rows[0]
         except TimeoutError:
-            member.problem = f"its canary took longer than {deadline - start:.3g} s"
+            problem = f"its canary took longer than {deadline - start:.3g} s"
         except EmbeddingError as error:
-            member.problem = error.message
-        else:
-            canary = answer.rows[0]
-            member.problem = flaw(canary, self._reference(besides=member), self._settings.dimensions)
+            problem = error.message
+        return row, problem, self._clock.now() - start
+
+    def _judge(self, member: Member, row: Row | None, problem: str, seconds: float) -> None:
+        before = (member.is_verified, member.problem)
+        member.problem = problem
+        if row is not None:
+            member.problem = flaw(row, self._reference(besides=member), self._settings.dimensions)
             member.is_verified = not member.problem
-            if not member.problem:
-                member.canary, member.good_at = canary, self._clock.now()
-        self._observe(
-            CanaryFinished(
-                self._name,
-                member.upstream.name,
-                self._clock.now() - start,
-                member.problem,
-                changed=before != (member.is_verified, member.problem),
-            )
-        )
+            if member.is_verified:
+                member.canary, member.good_at = row, self._clock.now()
+        is_change = before != (member.is_verified, member.problem)
+        self._observe(CanaryFinished(self._name, member.upstream.name, seconds, member.problem, changed=is_change))
 
     def upstreams(self) -> list[Upstream]:
         return [member.upstream for member in self._members]

@@ -46,10 +46,11 @@ class Bucket:
     async def _passed(self, size_bytes: int) -> None:
         if self._bytes:
             # More than the bucket holds would be refused: it is drawn in portions, and nobody gets between them.
-            while size_bytes > 0:
-                portion = min(size_bytes, self._bytes.max_rate)
+            left = float(size_bytes)
+            while left > 0:
+                portion = min(left, self._bytes.max_rate)
                 await self._bytes.acquire(portion)
-                size_bytes -= int(portion) or 1
+                left -= portion
         if self._requests:
             await self._requests.acquire()
 

@@ -106,7 +106,7 @@ class Transport:
         except TimeoutError:
             waited_s = self._clock.now() - start
             message = f"upstream {self._name!r} did not answer within {waited_s:.3g} s"
-            if limit_s < min(settings.attempt_timeout_s, FAIR_TIME_S) and waited_s >= limit_s:
+            if limit_s < min(settings.attempt_timeout_s, FAIR_TIME_S):
                 raise DeadlineExceeded(message) from None
             raise UpstreamTimeout(message) from None
         return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
@@ -117,8 +117,9 @@ class Transport:
             trace = SimpleNamespace(is_reused=False)
             try:
                 return await self._posted(call, trace)
-            except aiohttp.ServerTimeoutError:
-                raise  # a TimeoutError too: connecting took too long
+            except aiohttp.ServerTimeoutError as error:
+                connecting_s = self._settings.connect_timeout_s
+                raise UpstreamTimeout(f"upstream {self._name!r}: no connection within {connecting_s:g} s") from error
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 is_stale = trace.is_reused and not isinstance(error, aiohttp.ClientConnectorError)
                 if not is_stale:

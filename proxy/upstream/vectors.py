@@ -66,13 +66,15 @@ def _row(item: Raw, index: int) -> Row:
     if isinstance(item, str):
         try:
             return binascii.a2b_base64(item, strict_mode=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one; letters beyond ASCII raise it bare
             raise BadVectors(f"vector {index} is not valid base64") from None
     if not isinstance(item, list) or not item:
         raise BadVectors(f"vector {index} is {'null' if item is None else 'no list of numbers'}")
+    if not set(map(type, item)) <= {float, int}:  # numpy would make numbers of true and of "1.0"
+        raise BadVectors(f"vector {index} holds something that is no number")
     try:
         # Out-of-range numbers become infinity, which check_numbers() finds.
         with numpy.errstate(over="ignore"):
             return numpy.array(item, dtype="<f4").tobytes()
-    except (TypeError, ValueError, OverflowError):
-        raise BadVectors(f"vector {index} holds something that is no number") from None
+    except OverflowError:
+        raise BadVectors(f"vector {index} holds a number beyond every float") from None

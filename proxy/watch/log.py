@@ -42,8 +42,13 @@ class Console(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        fields = "".join(f" {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        fields = "".join(f" {key}={_one_line(value)}" for key, value in getattr(record, "fields", {}).items())
         return f"{time} {record.levelname[0]} {record.getMessage()}{fields}"
+
+
+def _one_line(value: Any) -> str:
+    """Spell a value so that it cannot begin a line of its own."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
@@ -69,7 +74,8 @@ def write(level: int, event: str, **fields: Any) -> None:
 
 def loop_trouble(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Handle what asyncio found lying about. Its own handler spells exceptions out, and with them perhaps texts."""
-    write(logging.ERROR, "asyncio", message=context.get("message"), error=type(context.get("exception")).__name__)
+    error = context.get("exception")
+    write(logging.ERROR, "asyncio", message=context.get("message"), error=type(error).__name__ if error else None)
 
 
 class Log:

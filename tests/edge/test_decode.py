@@ -25,7 +25,12 @@ MODELS = {
     "m": ModelSettings(aliases=("nick",), dimensions=8, dimensions_allowed=(4, 2), token_ids=True, max_input_tokens=5),
     "texts": ModelSettings(upstream_model="texts-v2", max_input_bytes=10),
     "cut": ModelSettings(
-        space="cut-space", token_ids=True, long_input="truncate", max_input_bytes=10, max_input_tokens=3
+        space="cut-space",
+        upstream_model="cut-v2",
+        token_ids=True,
+        long_input="truncate",
+        max_input_bytes=10,
+        max_input_tokens=3,
     ),
 }
 

@@ -599,16 +599,17 @@ async def test_joined_flight_that_fails_beside_an_own_one() -> None:
 
 
 async def test_stage_that_is_closed_with_flights() -> None:
-    """Closing ends what is in flight, for the leader too."""
+    """Closing ends what is in flight, for the leader too, and returns when it has ended."""
     room = Room()
     task, [call] = await room.asks("a", "b", calls=1)
 
     await room.stage.aclose()
+    left_over = room.stage.snapshot()
     await asyncio.wait({task})
 
     assert call.was_cancelled
+    assert left_over == LANDED
     assert task.cancelled()
-    assert room.stage.snapshot() == LANDED
 
 
 async def test_stage_that_is_closed_without_flights() -> None:

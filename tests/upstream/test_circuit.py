@@ -180,7 +180,8 @@ async def test_herd_at_half_open(play: Play) -> None:
     await settle()
     are_done = [task.done() for task in tasks]
     probe.answer(ANSWER)
-    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5):
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
 
     assert are_done == [False] + [True] * 49
     assert ends[0] is ANSWER

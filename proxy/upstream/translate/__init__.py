@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Protocol
 
 from proxy.base.messages import Batch, Raw
@@ -58,7 +59,10 @@ class Dialect(Protocol):
 
 _GO_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
 _UNIT_S = {"ms": 1e-3, "us": 1e-6, "µs": 1e-6, "h": 3600.0, "m": 60.0, "s": 1.0}
-_WAIT_TEXT = re.compile(r"(?:try again|retry) (?:in|after) (\d+(?:\.\d+)?) ?(ms|s|seconds?|milliseconds?)", re.I)
+_WAIT_TEXT = re.compile(
+    r"(?:try again|retry) (?:in|after) ([0-9][0-9.]*(?: ?(?:milliseconds?|seconds?|[a-z0-9.]+)))", re.I
+)
+_LONG_UNITS = (("milliseconds", "ms"), ("millisecond", "ms"), ("seconds", "s"), ("second", "s"), (" ", ""))
 
 
 def wait_s(headers: Mapping[str, str], message: str, *, wall_now: float) -> float | None:
@@ -76,14 +80,26 @@ def wait_s(headers: Mapping[str, str], message: str, *, wall_now: float) -> floa
     if (wait := _number(after)) is not None:
         return wait
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - wall_now)
+        date = email.utils.parsedate_to_datetime(after)
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)  # HTTP dates are GMT, said or not
+        return max(0.0, date.timestamp() - wall_now)
     except (ValueError, TypeError, OverflowError):
         pass
-    if (parts := _GO_DURATION.findall(after)) and "".join(n + u for n, u in parts) == after:
-        return float(sum(float(number) * _UNIT_S[unit] for number, unit in parts))
+    if (wait := _duration(after)) is not None:
+        return wait
     if match := _WAIT_TEXT.search(message):
-        return float(match[1]) * (1e-3 if match[2].lower().startswith("m") else 1.0)
+        said = match[1].lower().rstrip(".")
+        for long, short in _LONG_UNITS:
+            said = said.replace(long, short)
+        return _duration(said)
     return None
+
+
+def _duration(text: str) -> float | None:
+    parts = _GO_DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return None
+    return float(sum(float(number) * _UNIT_S[unit] for number, unit in parts))
 
 
 def _number(text: str) -> float | None:

@@ -144,14 +144,15 @@ class OpenAI:
             return RateLimited(what, retry_after_s=wait)
         if status == 500 and "too large to process" in told.message:
             return UpstreamRefused(f"{what}: the input is longer than it can take", status=400, code="input_too_long")
-        if status < 400 or status >= 500 or status in (408, 409, 425):
+        if status < 400 or status >= 500 or status in _FAULTS:
             return UpstreamFailed(what, retry_after_s=wait_s(headers, told.message, wall_now=wall_now))
-        if status in (404, 405) and not told.message:
+        if status in (404, 405) and not told.label() and told.message in ("", "Not Found", "Method Not Allowed"):
             return UpstreamFailed(f"{what}: is its base_url right? Asked was {self._url}", code="upstream_not_found")
-        message = told.safe_message(batch)
-        return UpstreamRefused(
-            f"{what}: {message}" if message else what, status=status, code=told.code or None, param=told.param or None
-        )
+        if message := told.safe_message(batch):
+            what = f"{what}: {message}"
+        elif told.message:
+            what = f"{what}; its words are left out, as they may quote a text"
+        return UpstreamRefused(what, status=status, code=told.code or None, param=told.param or None)
 
 
 # --- answers ---
@@ -168,10 +169,9 @@ def _in_order(data: list[Any]) -> list[Any]:
     indexes = [item.get("index") for item in data]
     if indexes == list(range(len(data))) or all(index is None for index in indexes):
         return [item.get("embedding") for item in data]
-    rows: dict[Any, Any] = {item.get("index"): item.get("embedding") for item in data}
-    if len(rows) != len(data) or any(type(i) is not int or not 0 <= i < len(data) for i in rows):
+    if not all(type(index) is int for index in indexes) or sorted(indexes) != list(range(len(data))):
         raise BadVectors(f"the indexes of {len(data)} vectors have gaps, repeats or strangers among them")
-    return [rows[index] for index in range(len(data))]
+    return [item.get("embedding") for item in sorted(data, key=lambda item: int(item["index"]))]
 
 
 def _tokens(usage: Any) -> int:
@@ -184,6 +184,9 @@ def _tokens(usage: Any) -> int:
 
 # --- errors ---
 
+_FAULTS = frozenset({408, 409, 424, 425})
+"""4xx that speak of the server's state: time-out, conflict, failed inference (TEI), too early."""
+
 _QUOTA = frozenset(
     {
         "insufficient_quota",
@@ -195,9 +198,28 @@ _QUOTA = frozenset(
     }
 )
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
-_QUOTED = re.compile(r"'[^']{24,}'|\"[^\"]{24,}\"|`[^`]{24,}`")
-_SECRET = re.compile(r"\b(?:sk|key|pk|al|jina|nvapi|hf)[-_][A-Za-z0-9_*.-]{6,}|\b[A-Za-z0-9+/_-]{32,}=*")
 _MAX_MESSAGE_CHARS = 400
+_PLAIN = re.compile(r"[A-Za-z0-9 .,:;()'\"`/<>=$_-]*")
+_WORD = re.compile(r"[a-z]+|[0-9]+")
+_WORDS = frozenset(
+    (
+        "a above all allowed an and any are array as at bad batch batches be been below between bound but bytes can "
+        "cannot change changing characters check client completion contain contains context could data decrease "
+        "dimension dimensionality dimensions do does doesn each element elements embed embedding embeddings empty "
+        "encoding equal error exceed exceeded exceeds expected expects failed field fit float for format found from "
+        "generate given got greater had has have however if image in increase input inputs instead int integer into "
+        "invalid is isn it item items its json key kind large lead least length less like limit limits list long "
+        "longer lower many matryoshka max maximum may memory message min minimum missing model models more most must "
+        "name native negative no non not null number numbers object of on one only or out output parameter parameters "
+        "parse per physical please pooling poor positive process processing prompt property provide provided range "
+        "reached received reduce representation request requested requests required results s server set shorter "
+        "should single size sizes smaller some split string strings support supported supports t text texts than that "
+        "the there this to token tokenizer tokens too total truncate truncation try type types ubatch unable "
+        "unexpected unknown unsupported up use user valid value values vector vectors was were when which will with "
+        "within you your zero "
+    ).split()
+)
+"""What API errors are made of. A message of other words is not passed on: they may be a caller's, or our key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,33 +243,24 @@ class Told:
 
     def safe_message(self, batch: Batch) -> str:
         """
-        Return the message without anything that may be a text or a key.
+        Return the message if it cannot hold a text or a key, else nothing.
 
-        Upstreams quote what they were sent, and a batch may carry several callers' texts. So long quotations and what
-        looks like a secret are cut out, and a message that shares a stretch with an input is left out altogether.
+        Upstreams quote what they were sent, whole or cut, trimmed or escaped, and a batch may carry several callers'
+        texts. So a message passes only if it consists of the words that API errors are made of, and neither a whole
+        input nor one of its numbers stands in it.
         """
-        message = _SECRET.sub("…", _QUOTED.sub("'…'", self.message))[:_MAX_MESSAGE_CHARS]
-        message = "".join(c if c.isprintable() else " " for c in message)
-        return "" if _shares_text(message, batch) else message
-
-
-_STRETCH = 16
-_LOOKED_AT_CHARS = 2000
-
-
-def _shares_text(message: str, batch: Batch) -> bool:
-    """Whether a stretch of the message stands in an input (near its start, where quotations begin)."""
-    stretches = [message[at : at + _STRETCH] for at in range(0, max(1, len(message) - _STRETCH + 1), _STRETCH // 2)]
-    for item in batch.inputs:
-        if not isinstance(item, str):
-            continue
-        start = item[:_LOOKED_AT_CHARS].strip()
-        if len(start) <= _STRETCH:
-            if len(start) > 3 and start in message:
-                return True
-        elif any(stretch in start for stretch in stretches):
-            return True
-    return False
+        message = " ".join(self.message.split())
+        if len(message) > _MAX_MESSAGE_CHARS or not _PLAIN.fullmatch(message):
+            return ""
+        words = set(_WORD.findall(message.lower()))
+        numbers = {word for word in words if word.isdigit()}
+        if not words - numbers <= _WORDS:
+            return ""
+        for item in batch.inputs:
+            text = " ".join(item.split()) if isinstance(item, str) else ""
+            if (len(text) > 3 and text in message) or any(number in text for number in numbers):
+                return ""
+        return message
 
 
 def _told(document: Any) -> Told:
