@@ -88,8 +88,10 @@ class Attempt:
             retry_options=_Options(lambda outcome: self._wait_s(batch, outcome), self._settings.max_attempts),
             logger=_LOGGER,
         )
-        outcome = cast(Outcome, await client.request("POST", ""))
-        self._attempts += outcome.attempt
+        try:
+            outcome = cast(Outcome, await client.request("POST", ""))
+        finally:
+            self._attempts += call.tries
         if outcome.error is not None:
             raise outcome.error
         assert outcome.answer is not None
@@ -116,11 +118,12 @@ class _Call:
         self._batch = batch
         self._inner = inner
         self._clock = clock
+        self.tries = 0
         self.spent_s = 0.0
         """Time in all attempts together; the waits between them are not in it."""
 
     async def request(self, method: str, url: str, *, trace_request_ctx: dict[str, int], **_: Any) -> Outcome:
-        attempt = trace_request_ctx["current_attempt"]
+        self.tries = attempt = trace_request_ctx["current_attempt"]
         start = self._clock.now()
         try:
             return Outcome(attempt, answer=await self._inner(self._batch))

@@ -3,7 +3,8 @@ The wire to one upstream: one batch, one exchange, within its time.
 
 Home of aiohttp's client. Its exceptions get our names here. The pool is bounded; an idle connection is reused for a
 shorter time than the upstream keeps it; where one turns out to be closed all the same, before the first byte of an
-answer, the exchange goes out once more at once: an embedding computed twice harms nobody, and it is not a failure.
+answer, the exchange goes out once more at once, on a fresh one: an embedding computed twice harms nobody, and it is no
+failure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import os
 import ssl
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +70,7 @@ class Transport:
         self._tls = tls
         self._clock = clock
         self._observe = observe
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: _Pool | None = None
         # vLLM takes this for its own id of the request: two alike at a time break it.
         start = os.urandom(5).hex()
         self._ids = (f"{start}-{n}" for n in itertools.count(1))
@@ -113,24 +115,34 @@ class Transport:
 
     async def _sent(self, call: HttpCall) -> tuple[int, Any, bytes]:
         """Send a call, once more where a pooled connection was stale, and give foreign exceptions our names."""
-        for _ in range(2):
+        for is_last in (False, True):
+            pool = self._pool = self._pool or self._opened()
             trace = SimpleNamespace(is_reused=False)
+            pool.users += 1
             try:
-                return await self._posted(call, trace)
+                return await self._posted(pool.session, call, trace)
             except aiohttp.ServerTimeoutError as error:
                 connecting_s = self._settings.connect_timeout_s
                 raise UpstreamTimeout(f"upstream {self._name!r}: no connection within {connecting_s:g} s") from error
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 is_stale = trace.is_reused and not isinstance(error, aiohttp.ClientConnectorError)
-                if not is_stale:
+                if not is_stale or is_last:
                     raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
                 self._observe(ConnectionStale(self._name))
+                # Where one is stale, its neighbours are too: after a restart, all of them. A new pool has none.
+                if self._pool is pool:
+                    self._pool = None
             except aiohttp.ClientError as error:
                 raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
-        raise UpstreamFailed(f"upstream {self._name!r} closed two pooled connections before it answered")
+            finally:
+                pool.users -= 1
+                if pool is not self._pool and not pool.users:
+                    await pool.session.close()
+        raise AssertionError("the second time either returns or raises")
 
-    async def _posted(self, call: HttpCall, trace: SimpleNamespace) -> tuple[int, Any, bytes]:
-        session = self._session or self._opened()
+    async def _posted(
+        self, session: aiohttp.ClientSession, call: HttpCall, trace: SimpleNamespace
+    ) -> tuple[int, Any, bytes]:
         headers = {**call.headers, "X-Request-Id": next(self._ids)}
         async with session.post(
             call.url,
@@ -154,8 +166,8 @@ class Transport:
                 raise BadVectors(f"the answer of upstream {self._name!r} has more than {bound} bytes, the bound")
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def _opened(self) -> aiohttp.ClientSession:
-        """Open the pool. Not before the first call: it belongs to the loop that runs then."""
+    def _opened(self) -> _Pool:
+        """Open a pool. Not before the first call: it belongs to the loop that runs then."""
 
         async def reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
             context.trace_request_ctx.is_reused = True
@@ -163,28 +175,36 @@ class Transport:
         config = aiohttp.TraceConfig()
         config.on_connection_reuseconn.append(reused)
         connector = aiohttp.TCPConnector(
-            limit=self._slots + 1,  # one more than the slots, for the canary
+            limit=self._slots,
             keepalive_timeout=self._keepalive_s,
             ttl_dns_cache=max(1, int(self._settings.dns_ttl_s)),
             ssl=self._tls,
         )
-        self._session = aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, connect=self._settings.connect_timeout_s),
             trace_configs=[config],
-            trust_env=False,  # wiring/config.py has looked; here it would be read anew for each call, and .netrc too
+            trust_env=False,  # wiring/config has looked; here it would be read anew for each call, and .netrc too
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return self._session
+        return _Pool(session)
 
     def snapshot(self) -> Snapshot:
         return {"keepalive_s": self._keepalive_s, "slots": self._slots}
 
     async def aclose(self) -> None:
         """Close the pool and wait until its sockets are gone."""
-        if self._session is not None:
-            await self._session.close()
+        if self._pool is not None:
+            await self._pool.session.close()
             await asyncio.sleep(0)
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Connections to the upstream, and how many calls use them; the last one out of an abandoned pool closes it."""
+
+    session: aiohttp.ClientSession
+    users: int = 0
 
 
 def tls_context(settings: TransportSettings) -> ssl.SSLContext | bool:

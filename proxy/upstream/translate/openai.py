@@ -130,15 +130,18 @@ class OpenAI:
         """
         Tell whose fault an error is.
 
-        The cases: (1) our key or account; (2) money, which comes as 429 too; (3) rate; (4) a caller's fault in a 500
-        (llama.cpp, input over its batch); (5) an upstream's fault, also where it was answered with 200; (6) the
-        caller's fault.
+        The cases: (1) our key or account; (2) money, which comes as 429 too; (3) a call that no waiting makes smaller,
+        as 429; (4) rate; (5) a caller's fault in a 500 (llama.cpp, input over its batch); (6) an upstream's fault,
+        also where it was answered with 200; (7) a wrong base_url; (8) the caller's fault.
         """
         what = f"upstream {self._name!r} answered HTTP {status}" + (f" {told.label()}" if told.label() else "")
         if status in (401, 403):
             return UpstreamDenied(f"{what}: check its API key")
         if status == 402 or told.is_quota():
             return UpstreamDenied(f"{what}: its quota or credit is used up", code="upstream_quota")
+        if status == 429 and told.message.startswith("Request too large"):
+            why = "one call is larger than its limit per minute; set batch.max_bytes below that"
+            return UpstreamRefused(f"{what}: {why}", status=400, code="input_too_long")
         if status == 429:
             wait = wait_s(headers, told.message, wall_now=wall_now)
             return RateLimited(what, retry_after_s=wait)
