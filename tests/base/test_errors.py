@@ -81,3 +81,12 @@ def test_refusal_of_an_upstream() -> None:
 
     assert (error.status, error.code, error.param, error.index, error.key) == (422, "bad_text", "input", 3, None)
     assert UpstreamRefused("no", status=400).code == "upstream_refused"
+
+
+def test_label_of_an_error() -> None:
+    """A label is out of a closed set: our own code, even where the upstream has said another word."""
+    ours = DeadlineExceeded("late", code="write_timeout")
+    theirs = UpstreamRefused("no", status=422, code="any word of theirs")
+
+    assert ours.label == "write_timeout"
+    assert theirs.label == "upstream_refused"

@@ -733,6 +733,30 @@ def test_deadline_of_a_caller_that_states_its_priority_too() -> None:
     assert request.deadline == NOW + 0.02
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"x-stainless-read-timeout": "2"}, 1.9),
+        ({"x-stainless-timeout": "4.0"}, 3.8),
+        ({"x-stainless-read-timeout": "2", "x-stainless-timeout": "4"}, 1.9),
+        ({"x-stainless-read-timeout": "600"}, 5),
+        ({"x-stainless-read-timeout": "2", "X-Request-Timeout-Ms": "30000"}, 30),
+        ({"x-stainless-read-timeout": "2", "X-Embedding-Priority": "bulk"}, 1.9),
+        ({"x-stainless-read-timeout": "0"}, 5),
+        ({"x-stainless-read-timeout": ""}, 5),
+        ({"x-stainless-read-timeout": "-1"}, 5),
+        ({"x-stainless-read-timeout": "None"}, 5),
+        ({"x-stainless-read-timeout": "nan"}, 5),
+    ],
+    ids=str,
+)
+def test_patience_of_an_sdk(headers: dict[str, str], seconds: float) -> None:
+    """An SDK's own time-out shortens the deadline, never lengthens it; a stated one is stronger, nonsense is none."""
+    request = ask({"input": "a"}, headers).request
+
+    assert request.deadline - NOW == pytest.approx(seconds, abs=1e-9)
+
+
 # --- content type and request id ---
 
 

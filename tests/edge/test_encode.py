@@ -336,6 +336,14 @@ def test_wait_that_a_caller_is_told(seconds: float | None, expected: str | None)
     assert answer.headers.get("Retry-After") == expected
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [(("GET",), "GET"), (("GET", "POST"), "GET, POST"), ((), None)])
+def test_method_that_a_path_does_not_take(allowed: tuple[str, ...], expected: str | None) -> None:
+    """A wrong method is answered with the right ones, where they are known."""
+    answer = error_answer(errors.WrongMethod("not this", allowed=allowed))
+
+    assert answer.headers.get("Allow") == expected
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_refusal_of_an_upstream(status: int) -> None:
     """A refusal keeps the upstream's own status, code and parameter, and no SDK tries it again."""
