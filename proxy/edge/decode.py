@@ -327,7 +327,9 @@ def _priority(
 def _caller(headers: Mapping[str, str]) -> str | None:
     value = headers.get("X-Embedding-Client")
     if value is not None and not _NAME.fullmatch(value):
-        _refuse_header("X-Embedding-Client", value, "1 to 64 letters, digits and . _ : @ / -")
+        _refuse_header(
+            "X-Embedding-Client", value, "1 to 64 letters, digits and . _ : @ / -, the first a letter or a digit"
+        )
     return value
 
 
@@ -357,6 +359,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return f"the number {value}" if len(repr(value)) < 32 else "a huge number"
+        return f"the number {value}"
     names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
     return names[type(value)]

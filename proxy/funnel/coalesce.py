@@ -65,8 +65,8 @@ class Coalesce:
                 error = _failure(flight.task)
                 if error is None:
                     rows[key] = flight.row(key)
-                elif not is_leaders_own(error):
-                    raise error
+                elif not is_leaders_own(error) or getattr(error, "key", None) == key:
+                    raise error  # also a refusal of this very input: it would only be refused again
         return replace(response, rows=tuple(rows[key] for key in request.keys))
 
     def _board(

@@ -707,3 +707,18 @@ async def test_any_history_of_requests(steps: list[tuple[str, Any]]) -> None:
             assert isinstance(error, InvalidRequest | UpstreamFailed | None)
             assert not isinstance(error, InvalidRequest) or error.message == f"r{index}"
             assert error or task.result().rows == rows_of(inputs)
+
+
+async def test_follower_of_a_refused_input_shares_the_refusal() -> None:
+    """Where the input itself was refused, its followers hear so at once: asking again would only repeat it."""
+    room = Room()
+    leader, [call] = await room.asks("poison", calls=1)
+    follower, _ = await room.asks("poison", calls=0)
+    error = UpstreamRefused("no", status=400)
+    error.key = call.message.keys[0]
+
+    call.fail(error)
+    await asyncio.wait({leader, follower})
+
+    assert leader.exception() is follower.exception() is error
+    assert len(room.inner.calls) == 1
