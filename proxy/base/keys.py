@@ -46,7 +46,6 @@ def input_bytes(item: Input) -> bytes:
     return b"t" + struct.pack(f"<{len(item)}Q", *item)
 
 
-@functools.lru_cache(maxsize=1024)
 def fingerprint(space: str, spec: Spec) -> str:
     """
     Name the vector space of a spec in 16 hexadecimal digits.
@@ -55,8 +54,20 @@ def fingerprint(space: str, spec: Spec) -> str:
         space: what the settings call the space of the model.
         spec: how inputs are embedded in it: another width or another parameter is another space.
     """
+    if spec.params == b"{}":
+        return _fingerprint(space, spec.dimensions)
+    return _digest(space, spec.dimensions, spec.params)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fingerprint(space: str, dimensions: int | None) -> str:
+    """The usual ones are remembered; callers' parameters are not, there is no end to them."""
+    return _digest(space, dimensions, b"{}")
+
+
+def _digest(space: str, dimensions: int | None, params: bytes) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for part in (space.encode(), str(spec.dimensions).encode(), spec.params):
+    for part in (space.encode(), str(dimensions).encode(), params):
         digest.update(struct.pack("<Q", len(part)))
         digest.update(part)
     return digest.hexdigest()

@@ -1,14 +1,14 @@
 """
 The settings: one frozen class per stage, each field with its meaning, unit, default, bounds and reason.
 
-The classes only hold; `wiring/config.py` reads file and environment and collects every mistake. The texts here are the
+The classes only hold; `wiring/config` reads file and environment and collects every mistake. The texts here are the
 ones that `embedding-sidecar show --reference` prints and docs/configuration.md contains, so there is one place to
 change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,10 @@ class ListenSettings:
     max_body_bytes: int = setting(
         32 * 1024 * 1024, "Largest request body.", unit="bytes", low=1024, high=1024**3,
         why="2048 texts of 16 kB each; aiohttp's own 1 MiB is too small for ingestion",
+    )  # fmt: skip
+    max_bodies_bytes: int = setting(
+        128 * 1024 * 1024, "Bytes of all bodies that are being read at a time; more is refused with 503.", unit="bytes",
+        low=1024, high=64 * 1024**3, why="a body counts in admission only once it is whole",
     )  # fmt: skip
 
 
@@ -383,14 +387,9 @@ class ModelSettings:
         choices=("reject", "truncate"),
     )  # fmt: skip
     space: str = setting(
-        "", "Name of the vector space. Empty: the model's name at the upstream.",
-        why="change it when the same name starts to mean other vectors: cached ones are no longer used",
+        "", "Name of the vector space. Empty: the model's name at its first upstream, and that upstream's base_url.",
+        why="give one where several models or addresses mean the same vectors, so that they share the cache",
     )  # fmt: skip
-
-    def widths(self) -> tuple[int, ...]:
-        """Return the values that `dimensions` may take; empty while nothing is known."""
-        own = (self.dimensions,) if self.dimensions else ()
-        return tuple(sorted({*own, *self.dimensions_allowed}))
 
 
 # --- all of it ---
@@ -415,11 +414,29 @@ class Settings:
 class Catalogue:
     """The models by all their names."""
 
-    def __init__(self, models: Mapping[str, ModelSettings], default: str) -> None:
+    def __init__(
+        self, models: Mapping[str, ModelSettings], default: str, learned: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
+        """
+        Args:
+            models: by name.
+            default: the model of a request that names none; empty means the first.
+            learned: returns widths that canaries have shown, by model.
+        """
         self.models = dict(models)
+        self._learned = learned
         self.default = default or next(iter(self.models), "")
         self._names = {alias: name for name, model in models.items() for alias in model.aliases}
         self._names.update({name: name for name in models})
+
+    def width(self, name: str) -> int | None:
+        """Return the width of a model's own vectors; None while nobody knows it."""
+        return self.models[name].dimensions or self._learned().get(name)
+
+    def widths(self, name: str) -> tuple[int, ...]:
+        """Return the values that `dimensions` may take for a model; empty while nothing is known."""
+        own = self.width(name)
+        return tuple(sorted({*([own] if own else []), *self.models[name].dimensions_allowed}))
 
     def resolve(self, asked: str | None) -> tuple[str, ModelSettings]:
         """
@@ -428,7 +445,7 @@ class Catalogue:
         Raises:
             UnknownModel: nobody serves it; the message lists what is served.
         """
-        name = self._names.get(asked or self.default)
+        name = self._names.get(self.default if asked is None else asked)
         if name is None:
             known = ", ".join(sorted(self._names))
             raise UnknownModel(f"no model {shown(asked or '')} here; known: {known}", param="model")

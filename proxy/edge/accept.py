@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import itertools
 import os
+import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from proxy.base.errors import (
     EmbeddingError,
     Forbidden,
     InvalidRequest,
+    Overloaded,
     SlowBody,
     TooLarge,
     Unauthorized,
@@ -38,13 +40,16 @@ from proxy.base.events import Observer, RequestFinished
 from proxy.base.messages import Request, Response
 from proxy.base.settings import CallerSettings, Catalogue, ListenSettings, RequestSettings, shown
 from proxy.edge import encode
-from proxy.edge.decode import Asked, content_type, decode, request_id
+from proxy.edge.decode import Asked, content_type, decode, request_id, stated_timeout_s
 
 CLIENT_LEFT = 499
 """What nginx logs when the caller was gone before the answer; it never goes over the wire."""
 
 SERVER = "embedding-sidecar"
 """Instead of aiohttp's, which tells its version to everybody."""
+
+_BEARER = re.compile(r"^bearer +", re.IGNORECASE)  # RFC 9110 §11.1: schemes know no case
+_LOOPBACK = re.compile(r"localhost\.?|127(\.\d{1,3}){3}|\[::1\]")
 
 _PEERCRED = struct.Struct("3i")
 
@@ -116,6 +121,7 @@ class Accept:
         self.is_draining = False
         """Once true, each answer tells its caller to close the connection."""
         self.requests_inside = 0
+        self._body_bytes = 0
         # A random start and a counter: unique across restarts, and cheaper than a random number each time.
         start = os.urandom(5).hex()
         self._ids = (f"{start}-{n}" for n in itertools.count(1))
@@ -184,6 +190,8 @@ class Accept:
             facts.path, methods = "/v1/models/{model}", {"GET": self._model}
         elif methods is not None:
             facts.path = path
+        if facts.listener == "tcp" and not service.callers:
+            _refuse_strange_host(http.headers.get("Host", ""))
         if path not in self._open_pages:
             facts.caller = _caller(http, service, facts.listener)
         if methods is None:
@@ -196,8 +204,8 @@ class Accept:
 
     async def _embed(self, http: web.BaseRequest, service: Service, facts: _Facts) -> web.StreamResponse:
         arrived = self._clock.now()
-        content_type(http.headers.get("Content-Type", ""))
-        body = await self._body(http, service.listen)
+        content_type(http.headers.get("Content-Type", ""), http.headers.get("Content-Encoding", ""))
+        body = await self._body(http, service)
         facts.body_bytes = len(body)
         # From here to the call nothing waits: the pipeline asked now is the one that serves, even beside a reload.
         service = self._service()
@@ -240,9 +248,12 @@ class Accept:
 
     # --- reading and writing ---
 
-    async def _body(self, http: web.BaseRequest, listen: ListenSettings) -> bytes:
-        """Read the body, bounded in bytes (whatever its head claims) and in time."""
+    async def _body(self, http: web.BaseRequest, service: Service) -> bytes:
+        """Read the body, bounded in bytes (whatever its head claims, and with all others) and in time."""
+        listen = service.listen
         bound = listen.max_body_bytes
+        stated_s = stated_timeout_s(http.headers, service.request)
+        patience_s = listen.body_timeout_s if stated_s is None else min(stated_s, listen.body_timeout_s)
         if (http.content_length or 0) > bound:
             raise TooLarge(f"the body has {http.content_length} bytes, the bound is {bound}")
         if http.headers.get("Expect", "").lower() == "100-continue" and http.transport is not None:
@@ -252,18 +263,22 @@ class Accept:
         size = 0
         content = http.content
         try:
-            async with self._clock.timeout_at(self._clock.now() + listen.body_timeout_s):
+            async with self._clock.timeout_at(self._clock.now() + patience_s):
                 while chunk := await content.readany():
                     chunks.append(chunk)
                     size += len(chunk)
+                    self._body_bytes += len(chunk)
                     if size > bound:
                         raise TooLarge(f"the body has more than {bound} bytes, the bound")
+                    if self._body_bytes > listen.max_bodies_bytes:
+                        all_of_them = f"all bodies being read have more than {listen.max_bodies_bytes} bytes, the bound"
+                        raise Overloaded(all_of_them, retry_after_s=1.0)
         except TimeoutError:
-            raise SlowBody(
-                f"the body did not arrive within {listen.body_timeout_s:g} s; {size} bytes were there"
-            ) from None
+            raise SlowBody(f"the body did not arrive within {patience_s:g} s; {size} bytes were there") from None
         except web.RequestPayloadError as error:
             raise InvalidRequest("the body broke off or is not well-formed HTTP", code="invalid_body") from error
+        finally:
+            self._body_bytes -= size
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def _send(
@@ -345,13 +360,29 @@ class Accept:
 # --- who asks ---
 
 
+def _refuse_strange_host(host: str) -> None:
+    """
+    Insist that a caller without a key means this machine.
+
+    A web page can make its own name point to 127.0.0.1 and then post to us as to itself (DNS rebinding); the name is
+    still in `Host`. An HTTP/1.0 caller without the header is no browser.
+    """
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    if name and not _LOOPBACK.fullmatch(name.lower()):
+        raise Forbidden(
+            f"host {shown(host)} is not this machine; without client keys only localhost and loopback addresses are",
+            code="host_not_allowed",
+        )
+
+
 def _caller(http: web.BaseRequest, service: Service, listener: str) -> str:
     """
     Name the caller, or refuse it.
 
-    The cases: (1) a key was shown and keys are configured: it has to be one of them, on every listener; (2) TCP with
-    keys configured and none shown: refused; (3) the Unix socket: the peer's uid, which has to be an allowed one where
-    such are set; (4) TCP without keys: loopback, anybody on this machine.
+    The cases: (1) the Unix socket: the peer's uid, which has to be an allowed one where such are set; (2) keys are
+    configured and one of them was shown: its owner, on every listener; (3) TCP with keys configured, and none or a
+    wrong one shown: refused; (4) TCP without keys: loopback, anybody on this machine. On the Unix socket the file's
+    mode guards the door, so a key that nobody knows is what SDKs make up, and no matter.
     """
     if listener == "unix":
         uid = _peer_uid(http)
@@ -359,22 +390,22 @@ def _caller(http: web.BaseRequest, service: Service, listener: str) -> str:
         if allowed and uid not in allowed:
             raise Forbidden(f"uid {uid} is not among listen.allowed_uids")
     if service.callers:
-        key = http.headers.get("Authorization", "").removeprefix("Bearer ") or http.headers.get("api-key", "")
-        if key:
-            return _key_owner(key, service.callers)
+        key = _BEARER.sub("", http.headers.get("Authorization", "")) or http.headers.get("api-key", "")
+        if owner := _key_owner(key, service.callers):
+            return owner
         if listener == "tcp":
-            raise Unauthorized("this listener needs a client key: send 'Authorization: Bearer <key>'")
+            problem = "this client key is none of the configured ones" if key else "this listener needs a client key"
+            raise Unauthorized(f"{problem}: send 'Authorization: Bearer <key>'")
     return f"uid:{uid}" if listener == "unix" else "loopback"
 
 
 def _key_owner(key: str, callers: Mapping[str, CallerSettings]) -> str:
+    """Return whose key it is; empty when it is nobody's."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     owner = ""
     for name, caller in callers.items():  # all of them, so that the time taken tells nothing
         if hmac.compare_digest(digest, caller.key_sha256.lower()):
             owner = name
-    if not owner:
-        raise Unauthorized("this client key is none of the configured ones")
     return owner
 
 
@@ -394,7 +425,7 @@ def _model_object(name: str, service: Service) -> dict[str, object]:
         "created": 0,
         "owned_by": ", ".join(model.upstreams),
         "aliases": list(model.aliases),
-        "dimensions": list(model.widths()),
+        "dimensions": list(service.catalogue.widths(name)),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from proxy.base.errors import InvalidRequest, WrongContentType
+from proxy.base.errors import InvalidRequest, TooLarge, WrongContentType
 from proxy.base.keys import fingerprint, keys
 from proxy.base.messages import Input, Priority, Request, Spec, size_bytes
 from proxy.base.settings import Catalogue, ModelSettings, RequestSettings, shown
@@ -29,6 +29,8 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _MAX_TOKEN_ID = 2**31 - 1
 _OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user"})
 _MAX_MODEL_CHARS = 256
+_MAX_PARAMS_BYTES = 65_536
+"""Parameters are words and numbers; they are no place for texts, which are counted and bounded as inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,15 @@ class Asked:
     """Positions of the inputs that were cut to the model's bound."""
 
 
-def content_type(value: str) -> None:
+def content_type(value: str, encoding: str) -> None:
     """
-    Insist on JSON.
+    Insist on JSON, as it is: a compressed body may be a thousand times larger than what was sent.
 
     Raises:
-        WrongContentType: the header is missing or says something else.
+        WrongContentType: the headers are missing or say something else.
     """
+    if encoding.strip().lower() not in ("", "identity"):
+        raise WrongContentType(f"content encoding {shown(encoding)} is not supported; send the body as it is")
     kind = value.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise WrongContentType(
@@ -93,7 +97,7 @@ def decode(
     inputs, truncated = _fitted(inputs, model, is_tokens=is_tokens)
     total_bytes = sum(map(size_bytes, inputs))
     priority = _priority(headers, inputs, total_bytes, settings)
-    spec = Spec(name, _dimensions(fields.get("dimensions"), name, model), _params(fields), is_tokens)
+    spec = Spec(name, _dimensions(fields.get("dimensions"), name, catalogue), _params(fields), is_tokens)
     space = fingerprint(model.space or model.upstream_model or name, spec)
     cache_control = headers.get("Cache-Control", "").lower()
     request = Request(
@@ -104,7 +108,7 @@ def decode(
         space=space,
         size_bytes=total_bytes,
         priority=priority,
-        caller=_caller(headers) or caller,
+        caller="/".join(filter(None, (caller, _client(headers)))),
         arrived=now,
         deadline=now + _timeout_s(headers, settings, priority),
         user=_user(fields.get("user")),
@@ -119,6 +123,24 @@ def request_id(headers: Mapping[str, str]) -> str | None:
     """Return the caller's own id of the request where it is fit for a header and a log line, else None."""
     value = headers.get("X-Request-Id", "")
     return value if _REQUEST_ID.fullmatch(value) else None
+
+
+def stated_timeout_s(headers: Mapping[str, str], settings: RequestSettings) -> float | None:
+    """
+    Return the patience that the caller states, None when it states none.
+
+    Raises:
+        InvalidRequest: the header makes no sense.
+    """
+    value = headers.get("X-Request-Timeout-Ms")
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,12}", value):
+        _refuse_header("X-Request-Timeout-Ms", value, "whole milliseconds")
+    seconds = int(value) / 1000
+    if not 0 < seconds <= settings.max_timeout_s:
+        _refuse_header("X-Request-Timeout-Ms", value, f"1 to {settings.max_timeout_s * 1000:.0f}")
+    return seconds
 
 
 # --- the body ---
@@ -171,12 +193,12 @@ def _is_base64(value: Any) -> bool:
     return bool(value == "base64")
 
 
-def _dimensions(value: Any, name: str, model: ModelSettings) -> int | None:
+def _dimensions(value: Any, name: str, catalogue: Catalogue) -> int | None:
     if value is None:
         return None
     if type(value) is not int or value < 1:
         _refuse("dimensions", f"'dimensions' is {_kind(value)}, not a whole number above 0", code="invalid_dimensions")
-    allowed = model.widths()
+    allowed = catalogue.widths(name)
     if value not in allowed:
         choice = ", ".join(map(str, allowed)) or "only its own width"
         _refuse(
@@ -185,7 +207,7 @@ def _dimensions(value: Any, name: str, model: ModelSettings) -> int | None:
             code="unsupported_dimensions",
         )
     # The model's own width is no special wish: both spellings share one cache entry and one batch.
-    return None if value == model.dimensions else value
+    return None if value == catalogue.width(name) else value
 
 
 def _params(fields: dict[str, Any]) -> bytes:
@@ -193,9 +215,12 @@ def _params(fields: dict[str, Any]) -> bytes:
     if fields.keys() <= _OWN_FIELDS:
         return b"{}"
     try:
-        return orjson.dumps({k: v for k, v in fields.items() if k not in _OWN_FIELDS}, option=orjson.OPT_SORT_KEYS)
+        params = orjson.dumps({k: v for k, v in fields.items() if k not in _OWN_FIELDS}, option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError as error:  # what was read may be nested more deeply than can be written
-        raise InvalidRequest("a parameter is nested too deeply", code="invalid_request") from error
+        raise InvalidRequest("a parameter is nested too deeply", code="invalid_parameter") from error
+    if len(params) > _MAX_PARAMS_BYTES:
+        raise TooLarge(f"the further parameters have {len(params)} bytes, the bound is {_MAX_PARAMS_BYTES}")
+    return params
 
 
 # --- the inputs ---
@@ -288,15 +313,8 @@ def _cut(item: Input, bound: int) -> Input:
 
 
 def _timeout_s(headers: Mapping[str, str], settings: RequestSettings, priority: Priority) -> float:
-    value = headers.get("X-Request-Timeout-Ms")
-    if value is None:
-        return min(settings.timeout_s(priority), _sdk_patience_s(headers))
-    if not re.fullmatch(r"[0-9]{1,12}", value):
-        _refuse_header("X-Request-Timeout-Ms", value, "whole milliseconds")
-    seconds = int(value) / 1000
-    if not 0 < seconds <= settings.max_timeout_s:
-        _refuse_header("X-Request-Timeout-Ms", value, f"1 to {settings.max_timeout_s * 1000:.0f}")
-    return seconds
+    stated = stated_timeout_s(headers, settings)
+    return min(settings.timeout_s(priority), _sdk_patience_s(headers)) if stated is None else stated
 
 
 def _sdk_patience_s(headers: Mapping[str, str]) -> float:
@@ -324,7 +342,8 @@ def _priority(
     return Priority.INTERACTIVE if is_short else Priority.BULK
 
 
-def _caller(headers: Mapping[str, str]) -> str | None:
+def _client(headers: Mapping[str, str]) -> str | None:
+    """Return what a caller says of itself: it refines the name that its connection gives it, and cannot replace it."""
     value = headers.get("X-Embedding-Client")
     if value is not None and not _NAME.fullmatch(value):
         _refuse_header(

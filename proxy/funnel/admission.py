@@ -80,4 +80,4 @@ class Admission:
         }
 
     async def aclose(self) -> None:
-        """Nothing to end here: each request inside belongs to its caller."""
+        await self._inner.aclose()

@@ -2,7 +2,8 @@
 Vectors that were computed before.
 
 Per input, so one new text among a thousand known ones costs one. Filled only with rows that passed the gate. Stands
-before coalesce: a hit needs nobody. A reload hands the same store on, since a key names its vector space.
+before coalesce: a hit needs nobody. A reload hands the same store on: a key names its vector space, and where the
+canaries show that a space means other vectors than before, the store is cleared.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class CacheStore:
         """Take another bound; what is over it leaves."""
         self._max_bytes = max_bytes
         self._evict()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+        self._bytes = 0
 
     def get(self, key: bytes) -> Row | None:
         row = self._rows.get(key)
@@ -93,4 +99,5 @@ class Cache:
         return self._store.snapshot()
 
     async def aclose(self) -> None:
-        """The store outlives the stage: the next pipeline goes on with it."""
+        """Close what is behind; the store outlives the stage, the next pipeline goes on with it."""
+        await self._inner.aclose()

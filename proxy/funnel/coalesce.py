@@ -23,21 +23,31 @@ from proxy.base.stage import Snapshot, Stage
 class _Flight:
     """One call of the next stage, for some keys, and how many requests wait for it."""
 
-    __slots__ = ("rows", "task", "waiters")
+    __slots__ = ("deadline", "rows", "task", "waiters")
 
-    def __init__(self, task: asyncio.Task[Response], keys: tuple[bytes, ...]) -> None:
+    def __init__(self, task: asyncio.Task[Response], request: Request) -> None:
         self.task = task
-        self.rows = {key: index for index, key in enumerate(keys)}
+        self.deadline = request.deadline
+        self.rows = {key: index for index, key in enumerate(request.keys)}
         self.waiters = 0
 
     def row(self, key: bytes) -> Row:
         return self.task.result().rows[self.rows[key]]
 
 
-def is_leaders_own(error: BaseException) -> bool:
-    """Whether a flight failed for a reason that its followers do not share."""
+def is_leaders_own(error: BaseException, *, is_more_patient: bool) -> bool:
+    """
+    Whether a flight failed for a reason that a follower does not share.
+
+    Args:
+        error: what befell the flight.
+        is_more_patient: whether the follower's deadline is later than the flight's: then more attempts, or a longer
+            wait, may succeed for it.
+    """
     if isinstance(error, EmbeddingError):
-        return error.fault is Fault.CALLER or isinstance(error, DeadlineExceeded)
+        return (
+            error.fault is Fault.CALLER or isinstance(error, DeadlineExceeded) or (error.can_retry and is_more_patient)
+        )
     return isinstance(error, asyncio.CancelledError)
 
 
@@ -56,7 +66,7 @@ class Coalesce:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in rows]:
             own, joined = self._board(request, missing, is_first=is_first)
             is_first = False
-            await self._landed({*joined.values(), *([own] if own else [])})
+            await self._landed(own, set(joined.values()))
             if own:
                 part = own.task.result()  # raises what befell our own call
                 response = _added(response, part)
@@ -65,8 +75,10 @@ class Coalesce:
                 error = _failure(flight.task)
                 if error is None:
                     rows[key] = flight.row(key)
-                elif not is_leaders_own(error) or getattr(error, "key", None) == key:
-                    raise error  # also a refusal of this very input: it would only be refused again
+                elif getattr(error, "key", None) == key:
+                    raise error  # this very input was refused: it would only be refused again
+                elif not is_leaders_own(error, is_more_patient=request.deadline > flight.deadline):
+                    raise error
         return replace(response, rows=tuple(rows[key] for key in request.keys))
 
     def _board(
@@ -82,7 +94,7 @@ class Coalesce:
         if len(own_keys) < len(request.keys):
             place = {key: index for index, key in reversed(list(enumerate(request.keys)))}
             request = request.part([place[key] for key in own_keys])
-        flight = _Flight(asyncio.create_task(self._fly(request)), request.keys)
+        flight = _Flight(asyncio.create_task(self._fly(request)), request)
         self._flights.update(dict.fromkeys(own_keys, flight))
         flight.task.add_done_callback(lambda _: self._landed_at_last(flight))
         return flight, joined
@@ -100,12 +112,15 @@ class Coalesce:
         self._forget(flight)
         _failure(flight.task)  # looked at: asyncio reports errors that nobody saw, and all waiters may have left
 
-    async def _landed(self, flights: set[_Flight]) -> None:
-        """Wait for all of them; who leaves earlier takes back its interest."""
+    async def _landed(self, own: _Flight | None, joined: set[_Flight]) -> None:
+        """Wait for all of them, or until our own has failed; who leaves earlier takes back its interest."""
+        flights = joined | ({own} if own else set())
         for flight in flights:
             flight.waiters += 1
         try:
-            await asyncio.wait({flight.task for flight in flights})
+            pending = {flight.task for flight in flights}
+            while pending and not (own and own.task.done() and _failure(own.task)):
+                _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for flight in flights:
                 flight.waiters -= 1
@@ -122,6 +137,7 @@ class Coalesce:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._inner.aclose()
 
 
 def _failure(task: asyncio.Task[Response]) -> BaseException | None:

@@ -112,4 +112,4 @@ class MicroBatch:
         return {"batches": self._batches}
 
     async def aclose(self) -> None:
-        """Nothing to end here: each batch belongs to its request."""
+        await self._inner.aclose()

@@ -2,15 +2,17 @@
 Who computes: the choice among the upstreams of a model, and the slots of each.
 
 Only upstreams that have shown a right vector take part. Each embeds a canary text, at the start and from time to time;
-its vector has to have the model's width and, where a model has several upstreams, to lie where the first one's lies.
-Two servers that merely answer to the same name are not the same space, and a wrong vector is worse than none.
+its vector has to have the model's width and to lie where the first one lay, from whichever upstream of the model that
+came. Two servers that merely answer to the same name are not the same space, nor is one whose model was exchanged; and
+a wrong vector is worse than none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -23,6 +25,9 @@ from proxy.base.stage import Snapshot, Stage
 
 CANARY = "The quick brown fox jumps over the lazy dog."
 """A sentence that every tokenizer knows, short enough to cost nothing."""
+
+CANARY_GRACE_S = 2.0
+"""How long the canaries of later upstreams wait for that of an earlier one."""
 
 LEAST_COSINE = 0.999
 """Batch size and float width move a vector by 1e-4 at the most; another model moves it by tenths."""
@@ -47,6 +52,7 @@ class Upstream:
         self.refuses_s = refuses_s
         self.asked = 0
         """Calls that hold a slot or wait for one."""
+        self._pipelines = 0
         self._free = asyncio.Semaphore(slots)
 
     async def call(self, batch: Batch, clock: Clock) -> Answer:
@@ -59,6 +65,17 @@ class Upstream:
                 return replace(answer, queue_s=clock.now() - start - answer.upstream_s)
         finally:
             self.asked -= 1
+
+    def join(self) -> Upstream:
+        """Serve one more pipeline: at a reload the old and the new one share slots, limits, breaker, connections."""
+        self._pipelines += 1
+        return self
+
+    async def leave(self) -> None:
+        """Serve one pipeline less; the last one closes it."""
+        self._pipelines -= 1
+        if not self._pipelines:
+            await self.inner.aclose()
 
     @property
     def load(self) -> float:
@@ -73,7 +90,6 @@ class Member:
     is_verified: bool = False
     problem: str = "its first canary has not come back yet"
     """Why it was refused, or why the last canary failed; empty when all is well."""
-    canary: Row | None = field(default=None, repr=False)
     good_at: float | None = None
     """Instant of its last right vector, canary or not."""
 
@@ -84,7 +100,7 @@ def flaw(canary: Row, reference: Row | None, width: int) -> str:
 
     Args:
         canary: the vector that came.
-        reference: the vector that another upstream of the model gave, if any.
+        reference: the first right one, if there was any.
         width: what the settings say; 0 when they leave it open.
     """
     found = len(canary) // FLOAT32_BYTES
@@ -96,9 +112,7 @@ def flaw(canary: Row, reference: Row | None, width: int) -> str:
         ours, theirs = (numpy.frombuffer(row, "<f4").astype("f8") for row in (canary, reference))
         cosine = float(ours @ theirs / (numpy.linalg.norm(ours) * numpy.linalg.norm(theirs)))
         if cosine < LEAST_COSINE:
-            return (
-                f"its vectors lie elsewhere: cosine {cosine:.4f} to the model's first upstream, {LEAST_COSINE} is due"
-            )
+            return f"its vectors lie elsewhere: cosine {cosine:.4f} to the model's first canary, {LEAST_COSINE} is due"
     return ""
 
 
@@ -124,6 +138,14 @@ class Balance:
         """Whether the last canary of every upstream of a model was right."""
         return self._models[model].is_whole
 
+    def canaries(self) -> dict[str, Row]:
+        """Return by model the vector that stands for its space."""
+        return {name: model.canary for name, model in self._models.items() if model.canary is not None}
+
+    def widths(self) -> dict[str, int]:
+        """Return by model the width of its vectors, where it is known."""
+        return {name: model.width for name, model in self._models.items() if model.width is not None}
+
     def problems(self) -> dict[str, str]:
         """Say by model why it cannot be served; empty where at least one upstream can."""
         return {name: model.problem() for name, model in self._models.items()}
@@ -132,9 +154,9 @@ class Balance:
         return {name: model.snapshot() for name, model in self._models.items()}
 
     async def aclose(self) -> None:
-        """Close the upstreams, each once: models share them."""
+        """Close the upstreams, each once, but for those that another pipeline goes on with."""
         for upstream in {u.name: u for model in self._models.values() for u in model.upstreams()}.values():
-            await upstream.inner.aclose()
+            await upstream.leave()
 
 
 class Model:
@@ -149,6 +171,10 @@ class Model:
         self._observe = observe
         self._members = [Member(upstream) for upstream in upstreams]
         self._first_round = asyncio.Event()
+        """Set when an upstream has been verified, or all have been asked."""
+        self.canary: Row | None = None
+        """The first right vector of the canary, which all later ones are held against: a server whose vectors change
+        while it runs serves another space."""
 
     async def __call__(self, batch: Batch) -> Answer:
         if not self._first_round.is_set():
@@ -183,14 +209,7 @@ class Model:
     @property
     def width(self) -> int | None:
         """Width of the model's own vectors: what the settings say, else what the first right canary had."""
-        canary = self._reference()
-        return self._settings.dimensions or (len(canary) // FLOAT32_BYTES if canary else None)
-
-    def _reference(self, besides: Member | None = None) -> Row | None:
-        for member in self._members:
-            if member is not besides and member.is_verified:
-                return member.canary
-        return None
+        return self._settings.dimensions or (len(self.canary) // FLOAT32_BYTES if self.canary else None)
 
     # --- canaries ---
 
@@ -199,12 +218,28 @@ class Model:
         return not any(member.problem for member in self._members)
 
     async def sing(self, deadline: float) -> None:
-        async with asyncio.TaskGroup() as group:
-            songs = [group.create_task(self._sung(member.upstream, deadline)) for member in self._members]
-        for member, song in zip(self._members, songs, strict=True):
-            # in their order: the first right one is the reference for the others
-            self._judge(member, *song.result())
+        songs = [asyncio.create_task(self._sung(member.upstream, deadline)) for member in self._members]
+        try:
+            late = []
+            for member, song in zip(self._members, songs, strict=True):
+                # In their order: the first right one is the reference for the others. One that hangs is not waited for.
+                if await self._is_back(song):
+                    self._judge(member, *song.result())
+                else:
+                    late.append((member, song))
+            for member, song in late:
+                self._judge(member, *await song)
+        finally:
+            for song in songs:
+                song.cancel()
+            await asyncio.gather(*songs, return_exceptions=True)
         self._first_round.set()
+
+    async def _is_back(self, song: asyncio.Task[tuple[Row | None, str, float]]) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout_at(self._clock.now() + CANARY_GRACE_S):
+                await asyncio.wait({song})
+        return song.done()
 
     async def _sung(self, upstream: Upstream, deadline: float) -> tuple[Row | None, str, float]:
         """Return an upstream's vector of the canary, or why there is none, and how long it took."""
@@ -224,16 +259,19 @@ class Model:
             problem = f"its canary took longer than {deadline - start:.3g} s"
         except EmbeddingError as error:
             problem = error.message
+        except Exception as error:  # a defect of ours, but no reason to stop asking
+            problem = f"internal error {type(error).__name__}"
         return row, problem, self._clock.now() - start
 
     def _judge(self, member: Member, row: Row | None, problem: str, seconds: float) -> None:
         before = (member.is_verified, member.problem)
         member.problem = problem
         if row is not None:
-            member.problem = flaw(row, self._reference(besides=member), self._settings.dimensions)
+            member.problem = flaw(row, self.canary, self._settings.dimensions)
             member.is_verified = not member.problem
             if member.is_verified:
-                member.canary, member.good_at = row, self._clock.now()
+                self.canary, member.good_at = self.canary or row, self._clock.now()
+                self._first_round.set()
         is_change = before != (member.is_verified, member.problem)
         self._observe(CanaryFinished(self._name, member.upstream.name, seconds, member.problem, changed=is_change))
 

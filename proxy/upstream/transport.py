@@ -29,8 +29,10 @@ from proxy.base.stage import Snapshot
 from proxy.upstream.translate import Dialect, HttpCall
 from proxy.upstream.vectors import gate
 
-FAIR_TIME_S = 5.0
-"""A deadline that cuts an attempt shorter than this is the caller's impatience; beyond it, the upstream is slow."""
+FAIR_TIMES = 5.0
+FAIR_TIME_S = 2.0
+"""A deadline that cuts an attempt is the caller's impatience, unless the upstream has had FAIR_TIMES as long as its
+good answers take on average (FAIR_TIME_S while none is known): then it is slow, and its breaker should hear of it."""
 
 _ANSWER_MARGIN_S = 0.02
 """An attempt ends this long before its deadline, so that the caller's answer is out by then."""
@@ -71,6 +73,9 @@ class Transport:
         self._clock = clock
         self._observe = observe
         self._pool: _Pool | None = None
+        self._is_closed = False
+        self._typical_s: float | None = None
+        """How long good answers take, a moving average."""
         # vLLM takes this for its own id of the request: two alike at a time break it.
         start = os.urandom(5).hex()
         self._ids = (f"{start}-{n}" for n in itertools.count(1))
@@ -88,6 +93,8 @@ class Transport:
             raw = await self._exchanged(batch, start)
             rows = gate(raw.vectors, count=len(batch.inputs), width=batch.width)
             code, tokens = "", raw.tokens
+            took_s = self._clock.now() - start
+            self._typical_s = took_s if self._typical_s is None else 0.9 * self._typical_s + 0.1 * took_s
         except EmbeddingError as error:
             code = error.label
             raise
@@ -108,7 +115,8 @@ class Transport:
         except TimeoutError:
             waited_s = self._clock.now() - start
             message = f"upstream {self._name!r} did not answer within {waited_s:.3g} s"
-            if limit_s < min(settings.attempt_timeout_s, FAIR_TIME_S):
+            fair_s = FAIR_TIME_S if self._typical_s is None else max(0.1, FAIR_TIMES * self._typical_s)
+            if limit_s < min(settings.attempt_timeout_s, fair_s):
                 raise DeadlineExceeded(message) from None
             raise UpstreamTimeout(message) from None
         return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
@@ -116,6 +124,8 @@ class Transport:
     async def _sent(self, call: HttpCall) -> tuple[int, Any, bytes]:
         """Send a call, once more where a pooled connection was stale, and give foreign exceptions our names."""
         for is_last in (False, True):
+            if self._is_closed:
+                raise UpstreamFailed(f"upstream {self._name!r} is no longer used")
             pool = self._pool = self._pool or self._opened()
             trace = SimpleNamespace(is_reused=False)
             pool.users += 1
@@ -194,6 +204,7 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the pool and wait until its sockets are gone."""
+        self._is_closed = True
         if self._pool is not None:
             await self._pool.session.close()
             await asyncio.sleep(0)

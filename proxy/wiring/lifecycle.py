@@ -21,14 +21,25 @@ import orjson
 
 from proxy.base.clock import Clock, MonotonicClock
 from proxy.base.events import Event, LifecycleMoved, ListenersOpened, Observer, ReloadFinished
+from proxy.base.settings import Settings
 from proxy.edge.accept import Accept, Page
 from proxy.funnel.cache import CacheStore
 from proxy.watch import health, log, status, telemetry
 from proxy.wiring import config
 from proxy.wiring.pipeline import Pipeline, build
-from proxy.wiring.server import Listener, Server, close_listeners, open_listeners
+from proxy.wiring.server import (
+    Listener,
+    ListenError,
+    Server,
+    close_listeners,
+    open_listeners,
+    refuse_strangers,
+)
 
 VERSION = version("embedding-sidecar")
+_LOOK_S = 0.25
+"""How often readiness is looked at; looking costs nothing."""
+
 OPEN_PAGES = frozenset({"/livez", "/readyz", "/openapi.json"})
 """Pages that need no client key: orchestrators have none, and they tell nothing worth hiding."""
 
@@ -82,9 +93,10 @@ class Lifecycle:
         self._observe = observers(self._telemetry, log.Log())
         self._state = "starting"
         self._store = CacheStore(0)
+        self._at_start: Settings
         self._pipeline: Pipeline
         self._server: Server
-        self._proving: asyncio.Task[None] | None = None
+        self._listeners: list[Listener] = []
         self._retiring: set[asyncio.Task[None]] = set()
         self._reload_wanted = asyncio.Event()
         self._stop_wanted = asyncio.Event()
@@ -101,9 +113,20 @@ class Lifecycle:
         log.configure(loaded.settings.log)
         asyncio.get_running_loop().set_exception_handler(log.loop_trouble)
         self._observe(LifecycleMoved("starting", VERSION))
-        has_keys = bool(loaded.settings.callers)
-        listeners = open_listeners(loaded.settings.listen, self._environ, has_keys=has_keys)
+        self._at_start = loaded.settings
         self._pipeline = self._built(loaded)
+        self._store.resize(loaded.settings.cache.max_bytes)
+        try:
+            has_keys = bool(loaded.settings.callers)
+            self._listeners = open_listeners(loaded.settings.listen, self._environ, has_keys=has_keys)
+            await self._served()
+        finally:
+            close_listeners(self._listeners)
+            await self._closed()
+            self._moved("stopped")
+
+    async def _served(self) -> None:
+        """Serve until somebody wants a stop, and drain."""
         accept = Accept(
             service=lambda: self._pipeline,
             pages=self._pages(),
@@ -111,22 +134,20 @@ class Lifecycle:
             clock=self._clock,
             observe=self._observe,
         )
-        self._server = Server(accept, listeners, loaded.settings.listen, self._clock)
-        try:
-            await self._server.start()
-            self._observe(ListenersOpened(tuple(f"{x.name}:{x.address}" for x in listeners)))
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(task) for task in (self._begin(listeners), self._keep_reloading())]
-                await self._stop_wanted.wait()
-                for task in tasks:
-                    task.cancel()
-            await self._drained()
-        finally:
-            close_listeners(listeners)
-            await self._closed()
-            self._moved("stopped")
+        self._server = Server(accept, self._listeners, self._pipeline.listen, self._clock)
+        await self._server.start()
+        self._observe(ListenersOpened(tuple(f"{x.name}:{x.address}" for x in self._listeners)))
+        async with asyncio.TaskGroup() as group:
+            work = group.create_task(self._work())
+            await self._stop_wanted.wait()
+            work.cancel()
+        self._moved("draining")
+        settings = self._pipeline.settings.lifecycle
+        await self._server.drain(
+            timeout_s=settings.drain_timeout_s, linger_s=0.0 if self._is_hasty else settings.drain_linger_s
+        )
 
-    def _built(self, loaded: config.Loaded) -> Pipeline:
+    def _built(self, loaded: config.Loaded, old: Pipeline | None = None) -> Pipeline:
         return build(
             loaded.settings,
             loaded.api_keys,
@@ -134,19 +155,30 @@ class Lifecycle:
             rng=self._rng,
             observe=self._observe,
             store=self._store,
+            old=old,
         )
 
     # --- ready or not ---
 
-    async def _begin(self, listeners: list[Listener]) -> None:
-        await self._pipeline.prove(self._clock)
+    async def _work(self) -> None:
+        """Prove the pipeline, then follow its readiness and reload when asked; one after the other, never both."""
+        await self._pipeline.prove()
         self._moved(self._readiness())
-        self._greet(listeners, self._pipeline)
-        self._proving = asyncio.create_task(self._pipeline.keep_proving(self._clock))
-        while True:  # readiness follows the canaries; looking costs nothing
-            await self._clock.sleep(0.25)
+        self._greet(self._listeners, self._pipeline)
+        self._pipeline.keep_proving()
+        while True:
             if (state := self._readiness()) != self._state:
                 self._moved(state)
+            try:
+                async with self._clock.timeout_at(self._clock.now() + _LOOK_S):
+                    await self._reload_wanted.wait()
+            except TimeoutError:
+                continue
+            self._reload_wanted.clear()
+            try:
+                await self._reload()
+            except Exception as error:  # a defect of ours, but no reason to stop serving
+                self._observe(ReloadFinished(problem=f"internal error {type(error).__name__}"))
 
     def _readiness(self) -> str:
         if self._state == "draining":
@@ -159,46 +191,41 @@ class Lifecycle:
 
     # --- reload ---
 
-    async def _keep_reloading(self) -> None:
-        while True:
-            await self._reload_wanted.wait()
-            self._reload_wanted.clear()
-            try:
-                await self._reload()
-            except Exception as error:  # a defect of ours, but no reason to stop serving
-                self._observe(ReloadFinished(problem=f"internal error {type(error).__name__}"))
-
     async def _reload(self) -> None:
         """Build, prove, swap; the old pipeline finishes what is inside it."""
         old = self._pipeline
         try:
             loaded = config.load(self._path, self._environ)
-        except config.ConfigError as error:
+            refuse_strangers(self._listeners, has_keys=bool(loaded.settings.callers))
+        except (config.ConfigError, ListenError) as error:
             self._observe(ReloadFinished(problem=str(error)))
             return
-        new = self._built(loaded)
-        before = old.problems()
-        broken = {
-            model: problem
-            for model, problem in (await new.prove(self._clock)).items()
-            if problem and not before.get(model)
-        }
-        if broken:
+        new = self._built(loaded, old)
+        try:
             # A model that was broken before is no reason to refuse: the file may be about something else.
-            self._store.resize(old.settings.cache.max_bytes)
+            before, after = old.problems(), await new.prove()
+            broken = [f"model {m}: {problem}" for m, problem in after.items() if problem and not before.get(m)]
+        except BaseException:
             await new.aclose()
-            self._observe(ReloadFinished(problem="; ".join(f"model {m}: {p}" for m, p in broken.items())))
+            raise
+        if broken:
+            await new.aclose()
+            self._observe(ReloadFinished(problem="; ".join(broken)))
             return
-        log.configure(loaded.settings.log)
+        self._swap(old, new)
+        restart = tuple(config.needs_restart(self._at_start, loaded.settings))
+        self._observe(ReloadFinished(needs_restart=restart))
+
+    def _swap(self, old: Pipeline, new: Pipeline) -> None:
+        if new.has_moved(old):
+            self._store.clear()
+        self._store.resize(new.settings.cache.max_bytes)
+        log.configure(new.settings.log)
         self._pipeline = new
-        if self._proving:
-            self._proving.cancel()
-        self._proving = asyncio.create_task(new.keep_proving(self._clock))
-        retiring = asyncio.create_task(old.retire(self._clock))
+        new.keep_proving()
+        retiring = asyncio.create_task(old.retire())
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
-        restart = tuple(config.needs_restart(old.settings, loaded.settings))
-        self._observe(ReloadFinished(needs_restart=restart))
 
     # --- stop ---
 
@@ -223,19 +250,10 @@ class Lifecycle:
         self._is_hasty = is_hasty
         self._stop_wanted.set()
 
-    async def _drained(self) -> None:
-        self._moved("draining")
-        settings = self._pipeline.settings.lifecycle
-        await self._server.drain(
-            timeout_s=settings.drain_timeout_s, linger_s=0.0 if self._is_hasty else settings.drain_linger_s
-        )
-
     async def _closed(self) -> None:
-        if self._proving:
-            self._proving.cancel()
         for task in self._retiring:
             task.cancel()
-        await asyncio.gather(*self._retiring, *([self._proving] if self._proving else []), return_exceptions=True)
+        await asyncio.gather(*self._retiring, return_exceptions=True)
         await self._pipeline.aclose()
 
     # --- pages ---

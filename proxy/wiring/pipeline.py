@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from proxy.base.clock import Clock
@@ -30,7 +31,7 @@ from proxy.funnel.cache import Cache, CacheStore
 from proxy.funnel.coalesce import Coalesce
 from proxy.funnel.microbatch import Limits, MicroBatch
 from proxy.upstream.attempt import Attempt
-from proxy.upstream.balance import Balance, Model, Upstream
+from proxy.upstream.balance import Balance, Model, Upstream, flaw
 from proxy.upstream.bucket import Bucket
 from proxy.upstream.builtin import Builtin
 from proxy.upstream.circuit import Circuit
@@ -64,17 +65,26 @@ class Pipeline:
     """One set of stages, from admission to the upstreams, with the settings they were built with."""
 
     def __init__(
-        self, settings: Settings, door: Stage[Request, Response], balance: Balance, stages: Mapping[str, Any]
+        self,
+        settings: Settings,
+        door: Stage[Request, Response],
+        balance: Balance,
+        stages: Mapping[str, Any],
+        built: Mapping[str, Built],
+        clock: Clock,
     ) -> None:
         """Put the pieces in; see `build()`."""
         self.settings = settings
-        self.catalogue = Catalogue(settings.models, settings.request.default_model)
+        self.catalogue = Catalogue(settings.models, settings.request.default_model, balance.widths)
         self.listen: ListenSettings = settings.listen
         self.request: RequestSettings = settings.request
         self.callers: Mapping[str, CallerSettings] = settings.callers
+        self.built = built
         self._door = door
         self._balance = balance
         self._stages = stages
+        self._clock = clock
+        self._proving: asyncio.Task[None] | None = None
         self._inside = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -89,36 +99,49 @@ class Pipeline:
             if not self._inside:
                 self._idle.set()
 
-    async def prove(self, clock: Clock) -> dict[str, str]:
+    async def prove(self) -> dict[str, str]:
         """
         Send a canary to every upstream of every model.
 
         Returns:
             By model, why it cannot be served; empty where it can.
         """
-        deadline = clock.now() + self.settings.lifecycle.canary_timeout_s
+        deadline = self._clock.now() + self.settings.lifecycle.canary_timeout_s
         async with asyncio.TaskGroup() as group:
             for model in self.catalogue.models:
                 group.create_task(self._balance.sing(model, deadline))
         return self.problems()
 
-    async def keep_proving(self, clock: Clock) -> None:
-        """Go on sending canaries, for ever; whoever starts this cancels it."""
+    def keep_proving(self) -> None:
+        """Go on sending canaries until the pipeline is closed."""
+        self._proving = asyncio.create_task(self._prove_all())
+
+    async def _prove_all(self) -> None:
         async with asyncio.TaskGroup() as group:
             for model in self.catalogue.models:
-                group.create_task(self._keep_proving(model, clock))
+                group.create_task(self._prove_on(model))
 
-    async def _keep_proving(self, model: str, clock: Clock) -> None:
+    async def _prove_on(self, model: str) -> None:
         settings = self.settings.lifecycle
         retry_s = settings.canary_retry_s
         while True:
             if self._balance.is_whole(model):
-                wait, retry_s = settings.canary_interval_s, settings.canary_retry_s
+                wait_s, retry_s = settings.canary_interval_s, settings.canary_retry_s
             else:
-                wait = min(retry_s, settings.canary_interval_s)
-                retry_s = wait * 2
-            await clock.sleep(wait)
-            await self._balance.sing(model, clock.now() + settings.canary_timeout_s)
+                wait_s = min(retry_s, settings.canary_interval_s)
+                retry_s = wait_s * 2
+            await self._clock.sleep(wait_s)
+            await self._balance.sing(model, self._clock.now() + settings.canary_timeout_s)
+
+    def has_moved(self, old: Pipeline) -> bool:
+        """Whether a space that both pipelines name means other vectors here than there."""
+        spaces = {model.space: name for name, model in old.settings.models.items()}
+        before, now = old._balance.canaries(), self._balance.canaries()
+        for name, model in self.settings.models.items():
+            was = before.get(spaces.get(model.space, ""))
+            if was is not None and name in now and flaw(now[name], was, 0):
+                return True
+        return False
 
     def problems(self) -> dict[str, str]:
         """Say by model why it cannot be served; empty where it can."""
@@ -131,19 +154,26 @@ class Pipeline:
     def snapshot(self) -> Snapshot:
         return {name: _snapshots(stage) for name, stage in self._stages.items()}
 
-    async def retire(self, clock: Clock) -> None:
+    async def retire(self) -> None:
         """Wait until the last request inside is answered, which its deadline bounds, and close."""
+        self._stop_proving()
         try:
             with contextlib.suppress(TimeoutError):
-                async with clock.timeout_at(clock.now() + self.request.max_timeout_s):
+                async with self._clock.timeout_at(self._clock.now() + self.request.max_timeout_s):
                     await self._idle.wait()
         finally:
             await self.aclose()
 
+    def _stop_proving(self) -> None:
+        if self._proving:
+            self._proving.cancel()
+
     async def aclose(self) -> None:
-        """Close every stage, the door first."""
+        """End the canaries and close every stage, the door first."""
+        self._stop_proving()
+        if self._proving:
+            await asyncio.gather(self._proving, return_exceptions=True)
         await self._door.aclose()
-        await self._balance.aclose()
 
 
 def _snapshots(stage: Any) -> Any:
@@ -158,6 +188,7 @@ def build(
     rng: random.Random,
     observe: Observer,
     store: CacheStore,
+    old: Pipeline | None = None,
 ) -> Pipeline:
     """
     Nest the stages in the order of ROUTE, from the end to the door.
@@ -167,17 +198,14 @@ def build(
         api_keys: by upstream, where it has one.
         clock, rng, observe: time, chance, and who is told of facts.
         store: cached vectors, which outlive a pipeline.
+        old: the pipeline in force, at a reload: upstreams whose settings have not changed are taken over from it.
     """
-    buckets: dict[str, Bucket] = {}
-    circuits: dict[str, Circuit] = {}
-    ends: dict[str, Stage[Batch, Answer]] = {}
-    upstreams: dict[str, Upstream] = {}
-    for name, upstream in settings.upstreams.items():
-        slots = upstream.balance.slots or _default_slots(upstream)
-        ends[name] = _end(name, upstream, api_keys.get(name, ""), slots, clock=clock, observe=observe)
-        circuits[name] = Circuit(name, upstream.circuit, ends[name], clock=clock, observe=observe)
-        buckets[name] = Bucket(upstream.bucket, circuits[name])
-        upstreams[name] = Upstream(name, buckets[name], slots=slots, refuses_s=circuits[name].wait_s)
+    built = {
+        name: _kept(name, upstream, api_keys.get(name, ""), old)
+        or _built(name, upstream, api_keys.get(name, ""), clock=clock, observe=observe)
+        for name, upstream in settings.upstreams.items()
+    }
+    upstreams = {name: one.upstream.join() for name, one in built.items()}
     balance = Balance(
         {
             name: Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, observe=observe)
@@ -187,7 +215,6 @@ def build(
     attempt = Attempt(settings.attempt, balance, clock=clock, rng=rng)
     microbatch = MicroBatch(attempt, limits=_limits(settings), observe=observe)
     coalesce = Coalesce(microbatch, observe=observe)
-    store.resize(settings.cache.max_bytes)
     cache = Cache(settings.cache, coalesce, store=store, observe=observe)
     admission = Admission(settings.admission, cache, clock=clock)
     stages: dict[str, Any] = {
@@ -197,11 +224,38 @@ def build(
         "microbatch": microbatch,
         "attempt": attempt,
         "balance": balance,
-        "bucket": buckets,
-        "circuit": circuits,
-        "transport": ends,
+        "bucket": {name: one.bucket for name, one in built.items()},
+        "circuit": {name: one.circuit for name, one in built.items()},
+        "transport": {name: one.end for name, one in built.items()},
     }
-    return Pipeline(settings, admission, balance, stages)
+    return Pipeline(settings, admission, balance, stages, built, clock)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An upstream with its stages, and what it was built of."""
+
+    settings: UpstreamSettings
+    api_key: str = field(repr=False)
+    upstream: Upstream
+    bucket: Bucket
+    circuit: Circuit
+    end: Stage[Batch, Answer]
+
+
+def _kept(name: str, settings: UpstreamSettings, api_key: str, old: Pipeline | None) -> Built | None:
+    """Return the old pipeline's upstream where it is still what the settings say."""
+    found = old.built.get(name) if old else None
+    return found if found and (found.settings, found.api_key) == (settings, api_key) else None
+
+
+def _built(name: str, settings: UpstreamSettings, api_key: str, *, clock: Clock, observe: Observer) -> Built:
+    slots = settings.balance.slots or _default_slots(settings)
+    end = _end(name, settings, api_key, slots, clock=clock, observe=observe)
+    circuit = Circuit(name, settings.circuit, end, clock=clock, observe=observe)
+    bucket = Bucket(settings.bucket, circuit)
+    upstream = Upstream(name, bucket, slots=slots, refuses_s=circuit.wait_s)
+    return Built(settings, api_key, upstream, bucket, circuit, end)
 
 
 def _end(

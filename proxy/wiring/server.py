@@ -10,13 +10,15 @@ Source: sd_listen_fds(3); unix(7); for the order of the drain the measurements i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import functools
 import os
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -74,13 +76,11 @@ def open_listeners(settings: ListenSettings, environ: Mapping[str, str], *, has_
     """
     listeners = _inherited(environ)
     if listeners:
-        for listener in listeners:
-            if listener.name == "tcp" and not has_keys and not is_loopback(listener.sock.getsockname()[0]):
-                close_listeners(listeners)
-                raise ListenError(
-                    f"the socket handed over listens on {listener.address}, which is reachable from outside, and no "
-                    "client keys are configured; add [callers.<name>] with key_sha256"
-                )
+        try:
+            refuse_strangers(listeners, has_keys=has_keys)
+        except ListenError:
+            close_listeners(listeners)
+            raise
         return listeners
     try:
         if settings.socket != OFF:
@@ -93,6 +93,21 @@ def open_listeners(settings: ListenSettings, environ: Mapping[str, str], *, has_
         close_listeners(listeners)
         raise
     return listeners
+
+
+def refuse_strangers(listeners: list[Listener], *, has_keys: bool) -> None:
+    """
+    Insist on client keys where an open socket is reachable from outside: one handed over, or one of before a reload.
+
+    Raises:
+        ListenError: names the socket.
+    """
+    for listener in listeners:
+        if listener.name == "tcp" and not has_keys and not is_loopback(listener.sock.getsockname()[0]):
+            raise ListenError(
+                f"the open socket {listener.address} is reachable from outside, and no client keys are configured; "
+                "add [callers.<name>] with key_sha256"
+            )
 
 
 def _inherited(environ: Mapping[str, str]) -> list[Listener]:
@@ -140,25 +155,40 @@ def _unix(path: str, mode: int, backlog: int) -> Listener:
     Bind to a name beside the path, then rename: there is no moment at which the path leads nowhere, and no moment at
     which others may open it.
     """
-    _refuse_taken(path)
+    folder = os.path.dirname(path) or "."
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    beside = f"{path}.new"
+    beside = f"{path}.{os.urandom(3).hex()}"
     try:
-        if os.path.lexists(beside):
-            os.unlink(beside)
-        sock.bind(beside)
-        os.chmod(beside, mode)
-        sock.listen(backlog)
-        inode = os.lstat(beside).st_ino
-        os.rename(beside, path)
+        with _locked(folder):
+            _refuse_taken(path)
+            sock.bind(beside)
+            os.chmod(beside, mode)
+            sock.listen(backlog)
+            inode = os.lstat(beside).st_ino
+            os.rename(beside, path)
+    except ListenError:
+        sock.close()
+        raise
     except OSError as error:
         sock.close()
-        folder = os.path.dirname(path) or "."
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
         raise ListenError(
             f"cannot make the socket {path}: {error.strerror}; the folder {folder} has to exist and be writable for "
             f"uid {os.getuid()}, or set listen.socket to another place"
         ) from error
     return Listener("unix", path, sock, owned_inode=inode)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Hold a lock on a folder: of two processes that start on one path, the second one has to see the first."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _refuse_taken(path: str) -> None:
@@ -252,6 +282,7 @@ class Server:
                 closed=self._closed,
                 keepalive_timeout=self._settings.keepalive_timeout_s,
                 lingering_time=_LINGERING_S,
+                auto_decompress=False,  # 4 MB may unpack to 4 GB; accept.py refuses what is compressed
                 access_log=None,
             )
             self._servers.append(server)
@@ -333,6 +364,12 @@ class _Connection(web.RequestHandler):
         self._malformed = malformed
         self._closed = closed
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Writing waits until all of an answer is gone: else a short one, which nobody reads, would count as written,
+        # and its connection be closed "after flushing", that is never.
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+        super().connection_made(transport)
+
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self._closed()
@@ -371,10 +408,10 @@ class _Acceptor:
 
     async def stop(self) -> None:
         """Take what waits in the queue, then no more; each connection taken has its protocol when this returns."""
-        if self._pause is not None:
-            self._pause.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._accept()
+        if self._pause is not None:
+            self._pause.cancel()
         if self._connecting:
             await asyncio.wait(self._connecting)
 
@@ -399,4 +436,8 @@ class _Acceptor:
             task.add_done_callback(self._connecting.discard)
 
     async def _connected(self, protocol: asyncio.Protocol, waiting: socket.socket) -> None:
-        await self._loop.connect_accepted_socket(lambda: protocol, waiting)
+        try:
+            await self._loop.connect_accepted_socket(lambda: protocol, waiting)
+        except OSError as error:  # it was gone already
+            waiting.close()
+            protocol.connection_lost(error)

@@ -99,7 +99,8 @@ def _duration(text: str) -> float | None:
     parts = _GO_DURATION.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         return None
-    return float(sum(float(number) * _UNIT_S[unit] for number, unit in parts))
+    wait = float(sum(float(number) * _UNIT_S[unit] for number, unit in parts))
+    return wait if math.isfinite(wait) else None
 
 
 def _number(text: str) -> float | None:

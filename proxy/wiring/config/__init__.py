@@ -79,8 +79,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Loaded:
     _overlay(table, environ, problems)
     settings = _with_defaults(read(Settings, table, "", problems), table, environ)
     api_keys = dict(_api_keys(settings, environ, problems))
-    if not problems.told:  # whatever was misread would only be reported twice
-        problems.told.extend(contradictions(settings, api_keys))
+    # What was misread stands at its default now: a second problem at the same place would be of our making.
+    problems.told.extend([p for p in contradictions(settings, api_keys) if not problems.has_told(p)])
     if problems.told:
         raise ConfigError(path or "settings", problems.told)
     return Loaded(settings, api_keys)
@@ -166,6 +166,9 @@ def _with_defaults(settings: Settings, table: Mapping[str, Any], environ: Mappin
     for name, model in models.items():
         if model.upstreams and all(u in upstreams and upstreams[u].kind == "builtin" for u in model.upstreams):
             models[name] = _builtin_model(model, told.get(name) if isinstance(told, dict) else None)
+    for name, model in models.items():
+        if not model.space and model.upstreams and model.upstreams[0] in upstreams:
+            models[name] = dataclasses.replace(model, space=_space(name, model, upstreams[model.upstreams[0]]))
     for name, upstream in upstreams.items():
         if proxy := upstream.transport.http_proxy or _environment_proxy(upstream, environ):
             transport = dataclasses.replace(upstream.transport, http_proxy=proxy)
@@ -211,6 +214,15 @@ def _openai_models() -> dict[str, ModelSettings]:
     }
 
 
+def _space(name: str, model: ModelSettings, first: UpstreamSettings) -> str:
+    """
+    Name the vector space by who serves it: two servers that answer to the same name are not the same space. The first
+    upstream counts, since the others have to show the same vectors.
+    """
+    url = first.base_url or PROFILES[first.profile].base_url if first.kind == "openai" else first.kind
+    return f"{model.upstream_model or name}@{re.sub('//[^/]*@', '//', url)}"
+
+
 def _builtin_model(model: ModelSettings, told: Any) -> ModelSettings:
     """The embedded model is known: what the file leaves open has one right value."""
     own: dict[str, Any] = {
@@ -232,28 +244,26 @@ def _api_keys(settings: Settings, environ: Mapping[str, str], problems: Problems
         where = f"upstreams.{quoted(name)}"
         variable, path = upstream.api_key_env, upstream.api_key_file
         if variable and path:
-            problems.note(f"{where}.api_key_file", "api_key_env is given too; keep one of them", path)
-        elif variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            problems.note(
-                f"{where}.api_key_env", "is not the name of a variable; the key itself goes into the variable"
-            )
+            problems.note(f"{where}.api_key_file", "api_key_env is given too; keep one of them")
         elif variable:
-            yield from _key(name, f"{where}.api_key_env", variable, environ.get(variable, ""), problems)
+            # never quoted: where the name of a variable is expected, keys have been found
+            yield from _key(name, f"{where}.api_key_env", None, environ.get(variable, ""), problems)
         elif path:
+            said = path if "/" in path else None
             try:
                 key = Path(path).read_text(encoding="utf-8")
             except OSError as error:
-                problems.note(f"{where}.api_key_file", f"cannot be read: {error.strerror}", path)
+                problems.note(f"{where}.api_key_file", f"cannot be read: {error.strerror}", said)
             except UnicodeDecodeError:
-                problems.note(f"{where}.api_key_file", "cannot be read: not UTF-8", path)
+                problems.note(f"{where}.api_key_file", "cannot be read: not UTF-8", said)
             else:
-                yield from _key(name, f"{where}.api_key_file", path, key, problems)
+                yield from _key(name, f"{where}.api_key_file", said, key, problems)
 
 
-def _key(name: str, where: str, source: str, key: str, problems: Problems) -> Iterator[tuple[str, str]]:
+def _key(name: str, where: str, source: str | None, key: str, problems: Problems) -> Iterator[tuple[str, str]]:
     key = key.strip()
     if not key:
-        missing = "this variable is not set" if where.endswith("env") else "the file is empty"
+        missing = "the variable of this name is not set; export it" if where.endswith("env") else "the file is empty"
         problems.note(where, missing, source)
     elif not re.fullmatch(r"[!-~]+", key):
         problems.note(where, "holds more than a key: it has blanks, line breaks or letters beyond ASCII inside", source)

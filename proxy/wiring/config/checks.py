@@ -137,8 +137,9 @@ def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator
         yield f"base_url: is missing, and profile {upstream.profile!r} has none of its own"
     yield from _url_problems(url)
     parts = split_url(url)
-    if parts and parts.hostname == "api.openai.com" and not has_key:
-        yield "api_key_env: OpenAI needs an API key; name the variable that holds it, such as 'OPENAI_API_KEY'"
+    is_hosted = upstream.profile == "azure" or (parts is not None and parts.hostname == "api.openai.com")
+    if is_hosted and not has_key:
+        yield "api_key_env: this upstream needs an API key; name the variable that holds it, such as OPENAI_API_KEY"
     for name, value in upstream.headers.items():
         if not _HEADER_NAME.fullmatch(name) or not value.isprintable():
             yield f"headers.{quoted(name)}: cannot be sent: a name is letters, digits and '-', a value is one line"

@@ -29,11 +29,18 @@ class Problems:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self._keys: list[str] = []
         self.variables: dict[str, str] = {}
         """By key, the variable that has set it."""
 
+    def has_told(self, problem: str) -> bool:
+        """Whether something has been noted at the key of another problem, or above it."""
+        key = re.split(r" = |: ", problem, maxsplit=1)[0]
+        return any(key == noted or key.startswith(f"{noted}.") for noted in self._keys)
+
     def note(self, key: str, problem: str, value: Any = None) -> None:
         """Note a mistake at a key; a value is shown, shortened."""
+        self._keys.append(key)
         source = f"${self.variables[key]}: " if key in self.variables else ""
         self.told.append(f"{source}{key}{f' = {spelled(value)}' if value is not None else ''}: {problem}")
 

@@ -15,21 +15,25 @@ from proxy.wiring.config.reader import plain
 
 
 def as_table(settings: Any) -> dict[str, Any]:
-    """Return settings as plain tables, for TOML; extra headers and a proxy's password are hidden."""
+    """Return settings as plain tables, for TOML; secrets are hidden."""
     table: dict[str, Any] = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         if dataclasses.is_dataclass(value):
             table[f.name] = as_table(value)
-        elif f.name == "headers":
-            table[f.name] = dict.fromkeys(value, "(hidden)")
-        elif f.name == "http_proxy":
-            table[f.name] = re.sub(r"//.*@", "//(hidden)@", value)
+        elif f.metadata.get("secret"):
+            table[f.name] = _hidden(value)
         elif isinstance(value, Mapping):
             table[f.name] = {name: as_table(inner) for name, inner in value.items()}
         else:
             table[f.name] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict.fromkeys(value, "(hidden)")
+    return re.sub(r"//.*@", "//(hidden)@", value) if "://" in value else "(hidden)" if value else ""
 
 
 def reference() -> str:
