@@ -135,11 +135,10 @@ def stated_timeout_s(headers: Mapping[str, str], settings: RequestSettings) -> f
     value = headers.get("X-Request-Timeout-Ms")
     if value is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,12}", value):
-        _refuse_header("X-Request-Timeout-Ms", value, "whole milliseconds")
-    seconds = int(value) / 1000
+    seconds = int(value) / 1000 if re.fullmatch(r"[0-9]{1,12}", value) else 0.0
     if not 0 < seconds <= settings.max_timeout_s:
-        _refuse_header("X-Request-Timeout-Ms", value, f"1 to {settings.max_timeout_s * 1000:.0f}")
+        right = f"a whole number from 1 to {settings.max_timeout_s * 1000:.0f}"
+        _refuse_header("X-Request-Timeout-Ms", value, right)
     return seconds
 
 
@@ -154,7 +153,7 @@ def _fields(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(_why_no_json(body, error), code="invalid_json") from error
     if not isinstance(fields, dict):
-        raise InvalidRequest(f"the body is a JSON {_kind(fields)}, not an object", code="invalid_json")
+        raise InvalidRequest(f"the body is {_kind(fields)}, not a JSON object", code="invalid_json")
     # Some clients spell "not given" as null; no upstream has to learn that.
     return {key: value for key, value in fields.items() if value is not None}
 
@@ -171,8 +170,10 @@ def _why_no_json(body: bytes, error: orjson.JSONDecodeError) -> str:
 def _model(value: Any) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value or len(value) > _MAX_MODEL_CHARS:
-        _refuse("model", f"'model' is {_kind(value)}, not a name of 1 to {_MAX_MODEL_CHARS} characters")
+    if not isinstance(value, str) or not value:
+        _refuse("model", f"'model' is {'empty' if value == '' else _kind(value)}, not the name of a model")
+    if len(value) > _MAX_MODEL_CHARS:
+        _refuse("model", f"'model' has {len(value)} characters, the bound is {_MAX_MODEL_CHARS}")
     return value
 
 

@@ -156,6 +156,8 @@ def error_answer(error: EmbeddingError, keys: tuple[bytes, ...] = ()) -> ErrorAn
     headers = {"x-should-retry": "true" if should_retry else "false"}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 §15.5.2 insists
     if isinstance(error, errors.WrongMethod) and error.allowed:
         headers["Allow"] = ", ".join(error.allowed)  # RFC 9110 §15.5.6 insists
     body = orjson.dumps({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}})

@@ -74,7 +74,7 @@ class Upstream:
     async def leave(self) -> None:
         """Serve one pipeline less; the last one closes it."""
         self._pipelines -= 1
-        if not self._pipelines:
+        if self._pipelines <= 0:
             await self.inner.aclose()
 
     @property
@@ -203,7 +203,10 @@ class Model:
         passing = [member for member, wait in zip(verified, waits, strict=True) if wait <= 0]
         if not passing:
             names = ", ".join(member.upstream.name for member in verified)
-            raise CircuitOpen(f"{names} failed repeatedly and is left alone for now", retry_after_s=min(waits))
+            raise CircuitOpen(
+                f"upstream {names} failed repeatedly and is left alone for another {max(0.1, min(waits)):.1f} s",
+                retry_after_s=min(waits),
+            )
         return min(passing, key=lambda member: (member.upstream.name in avoid, member.upstream.load))
 
     @property

@@ -14,6 +14,7 @@ import itertools
 import os
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import aiohttp
 from proxy.base.clock import Clock
 from proxy.base.errors import BadVectors, DeadlineExceeded, EmbeddingError, UpstreamFailed, UpstreamTimeout
 from proxy.base.events import AttemptFinished, ConnectionStale, Observer
-from proxy.base.messages import Answer, Batch
+from proxy.base.messages import Answer, Batch, Raw, Row
 from proxy.base.settings import TransportSettings
 from proxy.base.stage import Snapshot
 from proxy.upstream.translate import Dialect, HttpCall
@@ -91,7 +92,7 @@ class Transport:
         tokens = 0
         try:
             raw = await self._exchanged(batch, start)
-            rows = gate(raw.vectors, count=len(batch.inputs), width=batch.width)
+            rows = self._gated(raw.vectors, batch)
             code, tokens = "", raw.tokens
             took_s = self._clock.now() - start
             self._typical_s = took_s if self._typical_s is None else 0.9 * self._typical_s + 0.1 * took_s
@@ -102,6 +103,12 @@ class Transport:
             seconds = self._clock.now() - start
             self._observe(AttemptFinished(self._name, code, seconds, len(batch.inputs), tokens))
         return Answer(rows, raw.tokens, self._name, upstream_s=seconds)
+
+    def _gated(self, vectors: Sequence[Raw], batch: Batch) -> tuple[Row, ...]:
+        try:
+            return gate(vectors, count=len(batch.inputs), width=batch.width)
+        except BadVectors as error:
+            raise BadVectors(f"upstream {self._name!r}: {error.message}") from error
 
     async def _exchanged(self, batch: Batch, start: float) -> Any:
         settings = self._settings

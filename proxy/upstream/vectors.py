@@ -33,7 +33,7 @@ def gate(raw: Sequence[Raw], *, count: int, width: int | None) -> tuple[Row, ...
         BadVectors: names what is wrong and where, never a number of a vector.
     """
     if len(raw) != count:
-        raise BadVectors(f"the upstream sent {len(raw)} vectors for {count} inputs")
+        raise BadVectors(f"it sent {len(raw)} vectors for {count} inputs")
     rows = [_row(item, index) for index, item in enumerate(raw)]
     width = width or len(rows[0]) // FLOAT32_BYTES
     for index, row in enumerate(rows):

@@ -90,9 +90,22 @@ def test_patience_of_each_priority(priority: Priority, seconds: float) -> None:
 )
 def test_widths_of_a_model(own: int, allowed: tuple[int, ...], widths: tuple[int, ...]) -> None:
     """A model has its own width, where it is known, and the allowed ones: each once, narrow to wide."""
-    model = ModelSettings(dimensions=own, dimensions_allowed=allowed)
+    catalogue = Catalogue({"m": ModelSettings(dimensions=own, dimensions_allowed=allowed)}, "m")
 
-    assert model.widths() == widths
+    assert catalogue.widths("m") == widths
+
+
+def test_width_that_a_canary_has_shown() -> None:
+    """A width that the settings leave open is known as soon as a canary has shown it; a stated one stays."""
+    models = {"open": ModelSettings(dimensions_allowed=(4,)), "stated": ModelSettings(dimensions=16)}
+    learned: dict[str, int] = {}
+    catalogue = Catalogue(models, "open", lambda: learned)
+    before = catalogue.width("open"), catalogue.widths("open")
+    learned.update(open=8, stated=9)
+
+    assert before == (None, (4,))
+    assert (catalogue.width("open"), catalogue.widths("open")) == (8, (4, 8))
+    assert catalogue.width("stated") == 16
 
 
 # --- the catalogue ---

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from proxy.base import errors
 from proxy.base.errors import InvalidRequest, UnknownModel, WrongContentType
 from proxy.base.keys import fingerprint, keys
 from proxy.base.messages import Input, Priority, Spec
@@ -119,7 +120,7 @@ def test_request_that_says_everything() -> None:
     assert request.size_bytes == 3
     assert request.deadline == NOW + 1.5
     assert request.priority is Priority.INTERACTIVE
-    assert request.caller == "rag@host:1/a-b_c.d"
+    assert request.caller == "uid:7/rag@host:1/a-b_c.d"
     assert request.user == "u"
     assert (request.no_cache, request.no_store) == (True, True)
     assert request.traceparent == "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -140,7 +141,7 @@ def test_header_names_in_any_case() -> None:
     asked = ask({"input": "a"}, {"x-request-timeout-ms": "7", "X-EMBEDDING-CLIENT": "app", "CACHE-control": "No-Cache"})
 
     assert asked.request.deadline == NOW + 0.007
-    assert asked.request.caller == "app"
+    assert asked.request.caller == "uid:7/app"
     assert asked.request.no_cache
 
 
@@ -160,11 +161,11 @@ def test_header_names_in_any_case() -> None:
         (b'{"input": 1e999}', "the body is not valid JSON: "),
         (b"\xef\xbb\xbf{}", "the body is not valid JSON: "),
         (b"[" * 100_000, "the body is not valid JSON: "),
-        (b"[]", "the body is a JSON a list, not an object"),
-        (b'"a text"', "the body is a JSON a string, not an object"),
-        (b"null", "the body is a JSON null, not an object"),
-        (b"true", "the body is a JSON true, not an object"),
-        (b"7", "the body is a JSON the number 7, not an object"),
+        (b"[]", "the body is a list, not a JSON object"),
+        (b'"a text"', "the body is a string, not a JSON object"),
+        (b"null", "the body is null, not a JSON object"),
+        (b"true", "the body is true, not a JSON object"),
+        (b"7", "the body is the number 7, not a JSON object"),
     ],
     ids=lambda value: ascii(value)[:30],
 )
@@ -445,22 +446,22 @@ def test_model_that_nobody_serves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"),
+    ("model", "says"),
     [
-        ("", "a string"),
-        ("m" * 257, "a string"),
-        (7, "the number 7"),
-        (["m"], "a list"),
-        (False, "false"),
-        ({}, "an object"),
+        ("", "is empty, not the name of a model"),
+        ("m" * 257, "has 257 characters, the bound is 256"),
+        (7, "is the number 7, not the name of a model"),
+        (["m"], "is a list, not the name of a model"),
+        (False, "is false, not the name of a model"),
+        ({}, "is an object, not the name of a model"),
     ],
 )
-def test_model_that_is_no_name(model: Any, kind: str) -> None:
+def test_model_that_is_no_name(model: Any, says: str) -> None:
     """A model is a name of bounded length."""
     error = refused({"input": "a", "model": model})
 
     assert (error.code, error.param) == ("invalid_model", "model")
-    assert error.message == f"'model' is {kind}, not a name of 1 to 256 characters"
+    assert error.message == f"'model' {says}"
 
 
 def test_longest_name_of_a_model() -> None:
@@ -606,17 +607,17 @@ def test_deadline_that_a_caller_sets(value: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
-        ("X-Request-Timeout-Ms", "0", "1 to 100000"),
-        ("X-Request-Timeout-Ms", "100001", "1 to 100000"),
-        ("X-Request-Timeout-Ms", "999999999999", "1 to 100000"),
-        ("X-Request-Timeout-Ms", "1000000000000", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "-1", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "+1", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "1.5", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "10s", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "٣", "whole milliseconds"),
-        ("X-Request-Timeout-Ms", "1\n", "whole milliseconds"),
+        ("X-Request-Timeout-Ms", "0", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "100001", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "999999999999", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "1000000000000", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "-1", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "+1", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "1.5", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "10s", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "٣", "a whole number from 1 to 100000"),
+        ("X-Request-Timeout-Ms", "1\n", "a whole number from 1 to 100000"),
         ("X-Embedding-Priority", "high", "'interactive' or 'bulk'"),
         ("X-Embedding-Priority", "", "'interactive' or 'bulk'"),
         ("X-Embedding-Priority", "bulk,bulk", "'interactive' or 'bulk'"),
@@ -641,10 +642,10 @@ def test_header_that_makes_no_sense(name: str, value: str, right: str) -> None:
 
 @pytest.mark.parametrize("value", ["a", "a" * 64, "A9._:@/-"])
 def test_caller_that_names_itself(value: str) -> None:
-    """A caller may name itself in letters that are fit for a log line."""
+    """What a caller says of itself refines the name that its connection has, and cannot replace it."""
     asked = ask({"input": "a"}, {"X-Embedding-Client": value})
 
-    assert asked.request.caller == value
+    assert asked.request.caller == f"uid:7/{value}"
 
 
 @pytest.mark.parametrize(
@@ -766,7 +767,7 @@ def test_patience_of_an_sdk(headers: dict[str, str], seconds: float) -> None:
 )
 def test_content_type_that_is_json(value: str) -> None:
     """JSON is JSON under each of its names."""
-    content_type(value)
+    content_type(value, "")
 
 
 @pytest.mark.parametrize(
@@ -777,7 +778,7 @@ def test_content_type_that_is_json(value: str) -> None:
 def test_content_type_that_is_none(value: str) -> None:
     """What a browser can post across sites without asking is refused; the message says what to send."""
     with pytest.raises(WrongContentType) as caught:
-        content_type(value)
+        content_type(value, "")
 
     assert "Content-Type: application/json" in caught.value.message
     assert caught.value.message.isprintable()
@@ -897,3 +898,27 @@ def test_mistake_beside_a_text(body: Any) -> None:
     error = refused(body)
 
     assert MARK not in f"{error.message} {error} {error.code} {error.param}"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
+def test_body_that_is_compressed(encoding: str) -> None:
+    """A compressed body is refused: it may be a thousand times larger than what was sent."""
+    with pytest.raises(errors.WrongContentType) as caught:
+        content_type("application/json", encoding)
+
+    assert repr(encoding) in caught.value.message
+
+
+def test_body_that_says_it_is_not_compressed() -> None:
+    """`identity` is no encoding."""
+    content_type("application/json", " Identity ")
+
+
+def test_parameters_over_their_bound() -> None:
+    """Parameters are words and numbers; what is larger than 64 KiB is no parameter."""
+    room = 65_536 - len('{"x":""}')
+    ask({"input": "a", "x": "y" * room})
+    error = refused({"input": "a", "x": "y" * (room + 1)})
+
+    assert type(error) is errors.TooLarge
+    assert "65537 bytes, the bound is 65536" in error.message

@@ -302,7 +302,8 @@ def test_answer_to_each_error(cls: type[EmbeddingError], status: int, kind: str,
     answer = error_answer(cls("what happened", param="p"))
 
     assert answer.status == status
-    assert answer.headers == {"x-should-retry": "true" if should_retry else "false"}
+    more = {"WWW-Authenticate": "Bearer"} if cls is errors.Unauthorized else {}
+    assert answer.headers == {"x-should-retry": "true" if should_retry else "false"} | more
     assert json.loads(answer.body) == {
         "error": {"message": "what happened", "type": kind, "param": "p", "code": cls.code}
     }

@@ -113,7 +113,25 @@ async def left(task: asyncio.Task[Response]) -> None:
 )
 def test_trouble_of_a_leader(error: BaseException, is_own: bool) -> None:
     """A refused request, a deadline and a cancellation are one request's own; all else befalls everybody."""
-    assert is_leaders_own(error) is is_own
+    assert is_leaders_own(error, is_more_patient=False) is is_own
+
+
+@pytest.mark.parametrize(
+    ("error", "is_own"),
+    [
+        (RateLimited("later"), True),
+        (UpstreamTimeout("slow"), True),
+        (UpstreamFailed("broken"), True),
+        (DeadlineExceeded("late"), True),
+        (UpstreamDenied("key"), False),
+        (EmbeddingError("bug"), False),
+        (ValueError("bug"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_trouble_of_a_less_patient_leader(error: BaseException, is_own: bool) -> None:
+    """A follower with more time may succeed where another attempt or a longer wait can help."""
+    assert is_leaders_own(error, is_more_patient=True) is is_own
 
 
 # --- one request ---

@@ -115,7 +115,7 @@ def _overlay(table: dict[str, Any], environ: Mapping[str, str], problems: Proble
     """Put `EMBEDDING_SIDECAR__A__B=value` over `a.b`. Two underscores each: Kubernetes makes up names with one."""
     if socket := environ.get(f"{ENV_PREFIX}_SOCKET"):
         listen = table.setdefault("listen", {})
-        if isinstance(listen, dict) and not listen.get("socket"):
+        if isinstance(listen, dict):
             listen["socket"] = socket
     for name, value in sorted(environ.items()):
         if name.startswith(f"{ENV_PREFIX}__"):

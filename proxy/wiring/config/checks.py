@@ -24,6 +24,7 @@ OFF = "off"
 MAX_SOCKET_PATH_BYTES = 100
 """A Unix address holds 107 bytes; the socket is bound to a slightly longer name first."""
 
+_NAME = re.compile(r"[!-~]{1,128}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token of RFC 9110 §5.6.2
 
 
@@ -52,7 +53,7 @@ def _listen_problems(settings: Settings) -> Iterator[str]:
             f"listen.socket = {shown(listen.socket)}: has {size} bytes, a Unix socket's path may have "
             f"{MAX_SOCKET_PATH_BYTES}; choose a shorter folder"
         )
-    if not re.fullmatch(r"0?[0-7]{3}", listen.socket_mode):
+    if not re.fullmatch(r"0?[0-7]{3}", listen.socket_mode) or int(listen.socket_mode, 8) & 0o600 != 0o600:
         yield f"listen.socket_mode = {shown(listen.socket_mode)}: is not an octal mode such as '0660'"
     if listen.tcp != OFF:
         try:
@@ -226,8 +227,14 @@ def _builtin_problems(model: ModelSettings) -> Iterator[str]:
 def _name_problems(settings: Settings) -> Iterator[str]:
     if not settings.models:
         yield "models: there is none; add [models.<name>] with upstreams"
+    for kind, named in (("models", settings.models), ("upstreams", settings.upstreams), ("callers", settings.callers)):
+        for name in named:
+            if not _NAME.fullmatch(name):
+                yield f"{kind}.{quoted(name)}: a name is 1 to 128 visible ASCII characters, since headers show it"
     names = set(settings.models)
     for name, model in settings.models.items():
+        if len(set(model.upstreams)) < len(model.upstreams):
+            yield f"models.{quoted(name)}.upstreams = {list(model.upstreams)}: names one of them twice"
         for alias in model.aliases:
             if alias in names:
                 yield f"models.{quoted(name)}.aliases = {shown(alias)}: is a name already"
