@@ -46,7 +46,7 @@ class Built:
         loaded = config.load(str(path) if toml else None, environ or {})
         self.clock = MonotonicClock()
         self.facts: list[Event] = []
-        self.store = CacheStore(0)
+        self.store = CacheStore(loaded.settings.cache.max_bytes)
         self.pipeline = build(
             loaded.settings,
             loaded.api_keys,
@@ -80,7 +80,7 @@ def upstream_toml(name: str, base_url: str, **more: object) -> str:
 async def test_embedded_model(tmp_path: Path) -> None:
     """A builtin upstream answers without a network; more inputs than its batch holds go in several."""
     async with built("", tmp_path) as it:
-        problems = await it.pipeline.prove(it.clock)
+        problems = await it.pipeline.prove()
         response = await it.embed([f"text {n}" for n in range(65)], "wordllama")
         snapshot = it.pipeline.snapshot()
 
@@ -99,7 +99,7 @@ async def test_server_that_speaks_openai(tmp_path: Path) -> None:
             'headers = {X-Team = "red"}\n[models.m]\nupstreams = ["u"]\nupstream_model = "theirs"\n'
         )
         async with built(toml, tmp_path, {"MY_KEY": "k"}) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             response = await it.embed(["a"], "m")
 
     assert response.rows == (vector("a", 8).tobytes(),)
@@ -144,7 +144,7 @@ async def test_limits_of_several_upstreams(limits: tuple[str, str], expected: li
             for name, limit in zip("ab", limits, strict=True)
         )
         async with built(f'{toml}[models.m]\nupstreams = ["a", "b"]\n', tmp_path) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             await it.embed(["t1", "t2", "t3", "t4", "t5", "t6", "t7"], "m")
 
     assert sorted(len(seen.inputs) for seen in fake.seen) == expected
@@ -155,7 +155,7 @@ async def test_limits_of_a_profile(tmp_path: Path) -> None:
     async with FakeUpstream() as fake:
         toml = upstream_toml("u", fake.base_url, profile="llamacpp") + '[models.m]\nupstreams = ["u"]\n'
         async with built(toml, tmp_path) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             await it.embed([f"t{n}" for n in range(33)], "m")
 
     assert sorted(len(seen.inputs) for seen in fake.seen) == [1, 32]
@@ -171,7 +171,7 @@ async def test_limits_of_each_model(tmp_path: Path) -> None:
             + '[models.small]\nupstreams = ["a"]\n[models.large]\nupstreams = ["b"]\n'
         )
         async with built(toml, tmp_path) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             await it.embed(["t1", "t2"], "small")
             await it.embed(["t1", "t2"], "large", no_cache=True)
 
@@ -184,7 +184,7 @@ async def test_two_models_on_one_upstream(tmp_path: Path) -> None:
         f'[models.{name}]\nupstreams = ["u"]\n' for name in "ab"
     )
     async with built(toml, tmp_path) as it:
-        problems = await it.pipeline.prove(it.clock)
+        problems = await it.pipeline.prove()
         snapshot = it.pipeline.snapshot()
 
     assert list(problems) == ["a", "b"]
@@ -209,28 +209,50 @@ async def test_settings_of_the_pipeline(tmp_path: Path) -> None:
     assert pipeline.callers == {}
 
 
-async def test_store_that_outlives_a_pipeline(tmp_path: Path) -> None:
-    """The next pipeline goes on with the same vectors, within its own bound."""
+async def test_what_a_reload_takes_over(tmp_path: Path) -> None:
+    """The next pipeline has the same vectors, and the very upstreams whose settings have not changed."""
     async with FakeUpstream() as fake:
         async with built(fake.toml(), tmp_path) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             await it.embed(["a"], "m")
-            entries = it.store.snapshot()["entries"]
-            loaded = config.load(str(tmp_path / "settings.toml"), {"EMBEDDING_SIDECAR__CACHE__MAX_BYTES": "100"})
+            (tmp_path / "settings.toml").write_text(fake.toml() + upstream_toml("other", fake.base_url))
+            loaded = config.load(str(tmp_path / "settings.toml"), {})
             arguments: dict[str, Any] = {"clock": it.clock, "rng": random.Random(1), "observe": it.facts.append}
-            smaller = build(loaded.settings, loaded.api_keys, store=it.store, **arguments)
-            left = smaller.snapshot()["cache"]
-            await smaller.aclose()
+            next_one = build(loaded.settings, {}, store=it.store, old=it.pipeline, **arguments)
+            changed = build(loaded.settings, {"fake": "another key"}, store=it.store, old=it.pipeline, **arguments)
+            kept = next_one.built["fake"].upstream is it.pipeline.built["fake"].upstream
+            renewed = changed.built["fake"].upstream is not it.pipeline.built["fake"].upstream
+            await changed.aclose()
+            await next_one.aclose()
+            served_after = await it.embed(["b"], "m")
+            entries = it.store.snapshot()["entries"]
 
-    assert entries == 1
-    assert (left["entries"], left["max_bytes"]) == (0, 100)
+    assert (kept, renewed) == (True, True)
+    assert served_after.rows == (vector("b", 8).tobytes(),)
+    assert entries == 2
+
+
+async def test_space_that_has_moved(tmp_path: Path) -> None:
+    """Where the canaries show that a space means other vectors than before, the next pipeline says so."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(space="s"), tmp_path) as it:
+            await it.pipeline.prove()
+            same, other = Built(fake.toml(space="s"), tmp_path), Built(fake.toml(space="s"), tmp_path)
+            await same.pipeline.prove()
+            fake.width = 16
+            await other.pipeline.prove()
+            moved = [one.pipeline.has_moved(it.pipeline) for one in (same, other)]
+            await same.pipeline.aclose()
+            await other.pipeline.aclose()
+
+    assert moved == [False, True]
 
 
 async def test_request_through_all_stages(tmp_path: Path) -> None:
     """A request passes every stage once, in the order of the route; an equal one ends at the cache."""
     async with FakeUpstream() as fake:
         async with built(fake.toml(), tmp_path) as it:
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             it.facts.clear()
             first, second = await it.embed(["a"], "m"), await it.embed(["a"], "m")
             names = [type(fact).__name__ for fact in it.facts]
@@ -259,7 +281,7 @@ async def test_proof_of_several_models(tmp_path: Path) -> None:
             + '[models.both]\nupstreams = ["b", "g"]\n'
         )
         async with built(toml, tmp_path) as it:
-            problems = await it.pipeline.prove(it.clock)
+            problems = await it.pipeline.prove()
             with pytest.raises(NoUpstream):
                 await it.embed(["a"], "no")
             response = await it.embed(["a"], "both")
@@ -292,6 +314,9 @@ class Singers:
     def problems(self) -> dict[str, str]:
         return {"m": "", **self.broken}
 
+    def widths(self) -> dict[str, int]:
+        return {}
+
     def snapshot(self) -> dict[str, Any]:
         return {"singers": True}
 
@@ -314,17 +339,16 @@ def scripted(balance: Any, door: Any = None, **lifecycle: Any) -> Pipeline:
         request=RequestSettings(max_timeout_s=60.0),
         models={"m": ModelSettings(upstreams=("u",))},
     )
-    return Pipeline(settings, door or ScriptedStage(), balance, {})
+    return Pipeline(settings, door or ScriptedStage(), balance, {}, {}, balance._clock)
 
 
 @contextlib.asynccontextmanager
 async def proving(pipeline: Pipeline, clock: HandClock) -> AsyncIterator[None]:
-    task = asyncio.create_task(pipeline.keep_proving(clock))
+    pipeline.keep_proving()
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await pipeline.aclose()
 
 
 @pytest.fixture
@@ -399,7 +423,7 @@ async def test_canary_of_one_upstream_of_two_fails(tmp_path: Path) -> None:
         pipeline = build(
             loaded.settings, {}, clock=clock, rng=random.Random(1), observe=lambda _: None, store=CacheStore(0)
         )
-        await pipeline.prove(clock)
+        await pipeline.prove()
         asked = len(bad.seen)
         async with proving(pipeline, clock):
             await clock.advance(1.1)
@@ -421,7 +445,7 @@ async def test_models_prove_themselves_apart(clock: HandClock, singers: Singers)
         models={"m": ModelSettings(), "n": ModelSettings()},
     )
     singers.broken, singers.right = {"n": "u: down"}, {"n": False}
-    async with proving(Pipeline(settings, ScriptedStage(), singers, {}), clock):  # type: ignore[arg-type]
+    async with proving(Pipeline(settings, ScriptedStage(), singers, {}, {}, clock), clock):  # type: ignore[arg-type]
         await clock.advance(10.5)
 
     assert singers.times("m") == [10.0]
@@ -431,7 +455,7 @@ async def test_models_prove_themselves_apart(clock: HandClock, singers: Singers)
 async def test_proof_asks_every_model(clock: HandClock, singers: Singers) -> None:
     """The first proof sends each model's canary with a full deadline, and tells what is wrong."""
     singers.broken["m"] = "u: down"
-    problems = await scripted(singers, canary_timeout_s=3.0).prove(clock)
+    problems = await scripted(singers, canary_timeout_s=3.0).prove()
 
     assert singers.sung == [(0.0, "m", 3.0)]
     assert problems == {"m": "u: down"}
@@ -445,7 +469,7 @@ async def test_retiring_with_requests_inside(singers: Singers, clock: HandClock)
     door = ScriptedStage()
     pipeline = scripted(singers, door)
     calls = [asyncio.create_task(pipeline(make_request([text]))) for text in "ab"]
-    retiring = asyncio.create_task(pipeline.retire(clock))
+    retiring = asyncio.create_task(pipeline.retire())
     first, second = await door.next(), await door.next()
     first.answer("one")
     await clock.advance(59)
@@ -457,7 +481,7 @@ async def test_retiring_with_requests_inside(singers: Singers, clock: HandClock)
     assert during == (False, False)
     assert results[0] == "one"
     assert isinstance(results[1], NoUpstream)
-    assert (door.is_closed, singers.is_closed) == (True, True)
+    assert door.is_closed
 
 
 async def test_retiring_with_nobody_inside(singers: Singers, clock: HandClock) -> None:
@@ -465,9 +489,9 @@ async def test_retiring_with_nobody_inside(singers: Singers, clock: HandClock) -
     door = ScriptedStage()
     pipeline = scripted(singers, door)
     async with asyncio.timeout(5):
-        await pipeline.retire(clock)
+        await pipeline.retire()
 
-    assert (door.is_closed, singers.is_closed) == (True, True)
+    assert door.is_closed
 
 
 async def test_retiring_when_a_caller_leaves(singers: Singers, clock: HandClock) -> None:
@@ -476,7 +500,7 @@ async def test_retiring_when_a_caller_leaves(singers: Singers, clock: HandClock)
     pipeline = scripted(singers, door)
     call = asyncio.create_task(pipeline(make_request()))
     await door.next()
-    retiring = asyncio.create_task(pipeline.retire(clock))
+    retiring = asyncio.create_task(pipeline.retire())
     await settle()
     call.cancel()
     async with asyncio.timeout(5):
@@ -492,7 +516,7 @@ async def test_retiring_with_a_request_that_hangs(singers: Singers, clock: HandC
     pipeline = scripted(singers, door)
     call = asyncio.create_task(pipeline(make_request()))
     await door.next()
-    retiring = asyncio.create_task(pipeline.retire(clock))
+    retiring = asyncio.create_task(pipeline.retire())
     await clock.advance(59.9)
     before = door.is_closed
     await clock.advance(0.2)
@@ -502,7 +526,7 @@ async def test_retiring_with_a_request_that_hangs(singers: Singers, clock: HandC
     await asyncio.gather(call, return_exceptions=True)
 
     assert (before, is_over) == (False, True)
-    assert (door.is_closed, singers.is_closed) == (True, True)
+    assert door.is_closed
     assert error is None or isinstance(error, TimeoutError)
 
 
@@ -515,7 +539,7 @@ async def test_snapshots_of_all_stages(tmp_path: Path) -> None:
         toml = fake.toml() + '[upstreams.here]\nkind = "builtin"\n[models.w]\nupstreams = ["here"]\n'
         async with built(toml, tmp_path) as it:
             before = orjson.loads(orjson.dumps(it.pipeline.snapshot()))
-            await it.pipeline.prove(it.clock)
+            await it.pipeline.prove()
             await it.embed(["a"], "m")
             after = orjson.loads(orjson.dumps(it.pipeline.snapshot()))
             models = orjson.loads(orjson.dumps(it.pipeline.models()))

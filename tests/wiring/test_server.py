@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import fcntl
 import gc
@@ -131,13 +132,28 @@ def test_nothing_is_left_beside_the_socket(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
-def test_leftover_of_an_interrupted_start(folder: Path) -> None:
-    """What a start that died in the middle left beside the path is cleared away."""
-    (folder / "s.new").write_bytes(b"")
+def test_files_beside_the_path(folder: Path) -> None:
+    """What lies beside the path is somebody else's and stays; nothing of ours is left there."""
+    (folder / "s.new").write_bytes(b"somebody's")
     with opened(unix_only(folder / "s")):
         connected(folder / "s").close()
 
-        assert os.listdir(folder) == ["s"]
+        assert sorted(os.listdir(folder)) == ["s", "s.new"]
+    assert (folder / "s.new").read_bytes() == b"somebody's"
+
+
+def test_two_starts_at_once(folder: Path) -> None:
+    """Of two that start on one path, one has it and the other one is refused; neither loses its socket unawares."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(open_listeners, unix_only(folder / "s"), {}, has_keys=False) for _ in range(2)]
+    errors = [start.exception() for start in starts]
+    opened_ones = [start.result() for start, error in zip(starts, errors, strict=True) if error is None]
+    connected(folder / "s").close()
+    for listeners in opened_ones:
+        close_listeners(listeners)
+
+    assert len(opened_ones) == 1
+    assert "is in use" in str(next(error for error in errors if error))
 
 
 def test_socket_left_by_a_crash(folder: Path) -> None:
@@ -551,7 +567,7 @@ def test_open_socket_handed_over_without_keys() -> None:
             gc.collect()
         address = f"0.0.0.0:{tcp.getsockname()[1]}"
 
-    assert told.startswith(f"the socket handed over listens on {address}, which is reachable from outside")
+    assert told.startswith(f"the open socket {address} is reachable from outside")
     assert told.endswith("add [callers.<name>] with key_sha256")
     assert not was_kept
 
@@ -631,7 +647,7 @@ class Caller:
         self._writer = writer
 
     def send(self, path: str) -> None:
-        self.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
@@ -825,7 +841,7 @@ async def test_connections_that_come_all_at_once(folder: Path) -> None:
             # They wait in the queue: none of this lets the loop turn.
             socks = [stack.enter_context(socket.create_connection(("127.0.0.1", it.port))) for _ in range(6)]
             for sock in socks:
-                sock.sendall(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+                sock.sendall(b"GET /quick HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 sock.setblocking(False)
             for sock in socks:
                 async with asyncio.timeout(5):
@@ -994,7 +1010,7 @@ async def test_connections_in_the_queue_at_the_drain(folder: Path) -> None:
                 stack.enter_context(connected(folder / "s")),
             ]
             for sock in waiting:
-                sock.sendall(b"GET /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+                sock.sendall(b"GET /quick HTTP/1.1\r\nHost: localhost\r\n\r\n")
             async with asyncio.timeout(5):
                 await it.server.drain(timeout_s=2, linger_s=1)
             answers = []
