@@ -219,8 +219,8 @@ def test_socket_that_the_file_does_not_name(variables: dict[str, str], expected:
 
 
 def test_socket_in_file_and_short_variable(read: Reader) -> None:
-    """`$EMBEDDING_SIDECAR_SOCKET` is shared with the adapter and stands in only where the file says nothing."""
-    assert read({"listen": {"socket": "/f"}}, {"EMBEDDING_SIDECAR_SOCKET": "/v"}).settings.listen.socket == "/f"
+    """`$EMBEDDING_SIDECAR_SOCKET` is the adapter's too: it counts over the file, or they would miss each other."""
+    assert read({"listen": {"socket": "/f"}}, {"EMBEDDING_SIDECAR_SOCKET": "/v"}).settings.listen.socket == "/v"
 
 
 def test_socket_that_the_file_leaves_empty(read: Reader) -> None:
@@ -253,8 +253,8 @@ def test_ten_mistakes_in_one_file(read: Reader) -> None:
             """
         )
 
-    assert str(caught.value).startswith(f"{read.path}: 10 problems\n  - ")
-    assert len(caught.value.problems) == 10
+    assert str(caught.value).startswith(f"{read.path}: 11 problems\n  - ")
+    assert len(caught.value.problems) == 11
     told = "\n".join(caught.value.problems)
     assert "lisen: no such setting; did you mean 'listen'?" in told
     assert "listen.tpc: no such setting; did you mean 'tcp'?" in told
@@ -284,9 +284,13 @@ def test_mistake_without_a_file() -> None:
     assert str(caught.value).startswith("settings: 1 problem\n")
 
 
-def test_contradictions_wait_for_readable_values(read: Reader) -> None:
-    """What cannot be read is told first; contradictions that may only follow from it are not added."""
-    assert one(read.problems({"listen": {"socket": "off", "tcp": "off", "backlog": 0}})).startswith("listen.backlog")
+def test_contradictions_beside_what_cannot_be_read(read: Reader) -> None:
+    """Contradictions are told in the same breath, but not where something was misread: its default stands there."""
+    both = read.problems({"listen": {"socket": "off", "tcp": "off", "backlog": 0}})
+    same_place = read.problems({"listen": {"socket_mode": 660}, "upstreams": {"u": 5}, "models": {"m": 5}})
+
+    assert [problem.split(" ")[0] for problem in both] == ["listen.backlog", "listen.tcp"]
+    assert [problem.split(":")[0] for problem in same_place] == ["listen.socket_mode = 660", "upstreams.u", "models.m"]
 
 
 WRONG: dict[Any, tuple[Any, ...]] = {
@@ -325,7 +329,7 @@ def test_value_of_a_wrong_type(leaf: Leaf, read: Reader) -> None:
 )
 def test_value_in_place_of_a_table(toml: str, expected: str, read: Reader) -> None:
     """A value where a table belongs is answered with how to write the table."""
-    assert read.problems(toml) == [expected]
+    assert expected in read.problems(toml)
 
 
 @pytest.mark.parametrize("kind", [str, int])
@@ -511,7 +515,7 @@ def test_odd_model_name_in_a_variable(read: Reader) -> None:
 
     assert list(loaded.models) == ["BAAI/bge-m3", "BAAI/bge-m4"]
     assert loaded.models["BAAI/bge-m3"].space == "new"
-    assert loaded.models["BAAI/bge-m4"].space == ""
+    assert loaded.models["BAAI/bge-m4"].space == "BAAI/bge-m4@http://127.0.0.1:1/v1"
 
 
 @pytest.mark.parametrize(
@@ -662,11 +666,11 @@ def test_key_from_a_file(read: Reader, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
 def test_key_variable_that_is_not_set(value: str | None, read: Reader) -> None:
-    """A variable that is missing or blank is told by its name."""
+    """A variable that is missing or blank is told, but not its name: keys have been found in that place."""
     variables = {} if value is None else {"MY_KEY": value}
 
     assert read.problems(key_table(api_key_env="MY_KEY"), variables) == [
-        "upstreams.u.api_key_env = 'MY_KEY': this variable is not set"
+        "upstreams.u.api_key_env: the variable of this name is not set; export it"
     ]
 
 
@@ -674,7 +678,7 @@ def test_key_from_both(read: Reader, tmp_path: Path) -> None:
     """Two places for one key are one too many."""
     problem = one(read.problems(key_table(api_key_env="MY_KEY", api_key_file="/k"), {"MY_KEY": "k"}))
 
-    assert problem == "upstreams.u.api_key_file = '/k': api_key_env is given too; keep one of them"
+    assert problem == "upstreams.u.api_key_file: api_key_env is given too; keep one of them"
 
 
 @pytest.mark.parametrize(
@@ -810,7 +814,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"callers": {"app": {"key_sha256": DIGEST[:-1]}}},
         "callers.app.key_sha256: is not 64 hexadecimal digits; make it with: printf",
     ),
-    "digest missing": ({"callers": {"an app": {}}}, 'callers."an app".key_sha256: is not 64 hexadecimal digits'),
+    "digest missing": ({"callers": {"app": {}}}, "callers.app.key_sha256: is not 64 hexadecimal digits"),
     "room for less than a request's inputs": (
         {"admission": {"max_inputs": 2047}},
         "admission.max_inputs = 2047: is below request.max_inputs = 2048, so a full request could never come in",
@@ -858,8 +862,18 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "URL with a fragment": (key_table(base_url="http://h/v1#x"), "upstreams.u.base_url: may not hold a user, a query"),
     "OpenAI without a key": (
         {**BASE, "upstreams": {"u": {"kind": "openai", "profile": "openai"}}},
-        "upstreams.u.api_key_env: OpenAI needs an API key; name the variable that holds it",
+        "upstreams.u.api_key_env: this upstream needs an API key; name the variable that holds it",
     ),
+    "Azure without a key": (
+        key_table(profile="azure", base_url="https://a.example/openai/v1"),
+        "upstreams.u.api_key_env: this upstream needs an API key; name the variable that holds it",
+    ),
+    "name of a model that no header can show": (
+        {**BASE, "models": {"m\n": {"upstreams": ["u"]}}},
+        'models."m?": a name is 1 to 128 visible ASCII characters',
+    ),
+    "upstream twice": (model_table(upstreams=["u", "u"]), "models.m.upstreams = ['u', 'u']: names one of them twice"),
+    "socket that its owner cannot open": ({"listen": {"socket_mode": "0077"}}, "listen.socket_mode = '0077'"),
     "certificates that are not there": (
         key_table(transport={"ca_file": "/nowhere/ca.pem"}),
         "upstreams.u.transport.ca_file = '/nowhere/ca.pem': cannot be read",
@@ -948,7 +962,7 @@ def test_settings_that_cannot_be_meant(name: str, read: Reader) -> None:
         key_table(base_url="https://[::1]:8/v1/"),
         key_table(base_url="", profile="llamacpp"),
         key_table(profile="openai", base_url="http://h/v1"),
-        {**model_table(token_ids=True), "upstreams": {"u": {**BASE["upstreams"]["u"], "profile": "azure"}}},
+        {**model_table(token_ids=True), "upstreams": {"u": {**BASE["upstreams"]["u"], "profile": "openai"}}},
         builtin_table(dimensions=256, dimensions_allowed=[64], max_input_bytes=32_768, upstream_model="wordllama"),
         {**model_table(aliases=["a"]), "request": {"default_model": "a"}},
         {**BASE, "request": {"default_model": "m"}},
