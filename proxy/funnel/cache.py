@@ -74,6 +74,7 @@ class Cache:
         self, settings: CacheSettings, inner: Stage[Request, Response], *, store: CacheStore, observe: Observer
     ) -> None:
         self._is_off = settings.max_bytes == 0
+        self._is_detached = False
         self._inner = inner
         self._store = store
         self._observe = observe
@@ -91,9 +92,13 @@ class Cache:
         response = await self._inner(request.part(missing) if hits else request)
         for index, row in zip(missing, response.rows, strict=True):
             rows[index] = row
-            if not request.no_store:
+            if not request.no_store and not self._is_detached:
                 self._store.put(request.keys[index], row)
         return replace(response, rows=tuple(row for row in rows if row is not None), hits=hits)
+
+    def detach(self) -> None:
+        """Store nothing any more: what is still on its way is of a space that has ended."""
+        self._is_detached = True
 
     def snapshot(self) -> Snapshot:
         return self._store.snapshot()

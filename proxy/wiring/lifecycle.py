@@ -218,6 +218,7 @@ class Lifecycle:
 
     def _swap(self, old: Pipeline, new: Pipeline) -> None:
         if new.has_moved(old):
+            old.stop_storing()
             self._store.clear()
         self._store.resize(new.settings.cache.max_bytes)
         log.configure(new.settings.log)

@@ -154,6 +154,10 @@ class Pipeline:
     def snapshot(self) -> Snapshot:
         return {name: _snapshots(stage) for name, stage in self._stages.items()}
 
+    def stop_storing(self) -> None:
+        """Keep the answers that are still on their way out of the cache."""
+        self._stages["cache"].detach()
+
     async def retire(self) -> None:
         """Wait until the last request inside is answered, which its deadline bounds, and close."""
         self._stop_proving()

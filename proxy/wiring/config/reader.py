@@ -65,7 +65,9 @@ def read(cls: Any, table: Any, path: str, problems: Problems) -> Any:
         else:
             problem, checked = _checked(kind, value, fields[key].metadata)
             if problem:
-                problems.note(where, problem, None if fields[key].metadata["secret"] else value)
+                # A list where a word belongs may be a secret that was put in brackets.
+                is_odd = isinstance(value, list | dict) and typing.get_origin(kind) is not tuple
+                problems.note(where, problem, None if is_odd or fields[key].metadata["secret"] else value)
             else:
                 values[key] = checked
     return cls(**values)
