@@ -450,7 +450,7 @@ async def test_slots_across_reloads(tmp_path: Path) -> None:
                 return max(found, upstream.inside)
 
             async def are_there(count: int) -> bool:
-                return await calls() >= count
+                return upstream.most_inside > 1 or await calls() >= count
 
             asked = []
             for count in (1, 2, 3):  # before a reload, while it waits for its canary, and once more
@@ -733,6 +733,7 @@ async def test_body_that_is_slower_than_its_caller_is_patient(tmp_path: Path) ->
     ("lines", "is_quoted"),
     [
         ('api_key_env = "sk-secret-1234"', False),
+        ('api_key_env = "sk_secret_1234"', False),
         ('api_key_env = "sk/secret-1234"', False),
         ('api_key_env = "sk-secret-1234"\napi_key_file = "/nowhere/key"', False),
         ('api_key_env = ["sk-secret-1234"]', False),
@@ -756,7 +757,7 @@ def test_key_in_the_place_of_its_name(tmp_path: Path, lines: str, is_quoted: boo
         config.load(str(path), {"GIVEN_BUT_BAD": "sk-secret-1234 and more"})
 
     assert "upstreams.u.api_key_" in str(caught.value)
-    assert ("secret-1234" in str(caught.value)) is is_quoted
+    assert bool(re.search("secret.1234", str(caught.value))) is is_quoted
 
 
 def test_key_in_the_place_of_its_name_in_the_environment() -> None:
