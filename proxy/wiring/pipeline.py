@@ -21,6 +21,7 @@ from proxy.base.settings import (
     CallerSettings,
     Catalogue,
     ListenSettings,
+    ModelSettings,
     RequestSettings,
     Settings,
     UpstreamSettings,
@@ -72,6 +73,7 @@ class Pipeline:
         stages: Mapping[str, Any],
         built: Mapping[str, Built],
         clock: Clock,
+        models: Mapping[str, Model],
     ) -> None:
         """Put the pieces in; see `build()`."""
         self.settings = settings
@@ -80,6 +82,7 @@ class Pipeline:
         self.request: RequestSettings = settings.request
         self.callers: Mapping[str, CallerSettings] = settings.callers
         self.built = built
+        self.proven = models
         self._door = door
         self._balance = balance
         self._stages = stages
@@ -210,12 +213,12 @@ def build(
         for name, upstream in settings.upstreams.items()
     }
     upstreams = {name: one.upstream.join() for name, one in built.items()}
-    balance = Balance(
-        {
-            name: Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, observe=observe)
-            for name, model in settings.models.items()
-        }
-    )
+    models = {
+        name: _kept_model(name, model, built, old)
+        or Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, observe=observe)
+        for name, model in settings.models.items()
+    }
+    balance = Balance(models)
     attempt = Attempt(settings.attempt, balance, clock=clock, rng=rng)
     microbatch = MicroBatch(attempt, limits=_limits(settings), observe=observe)
     coalesce = Coalesce(microbatch, observe=observe)
@@ -232,7 +235,7 @@ def build(
         "circuit": {name: one.circuit for name, one in built.items()},
         "transport": {name: one.end for name, one in built.items()},
     }
-    return Pipeline(settings, admission, balance, stages, built, clock)
+    return Pipeline(settings, admission, balance, stages, built, clock, models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,18 @@ def _kept(name: str, settings: UpstreamSettings, api_key: str, old: Pipeline | N
     """Return the old pipeline's upstream where it is still what the settings say."""
     found = old.built.get(name) if old else None
     return found if found and (found.settings, found.api_key) == (settings, api_key) else None
+
+
+def _kept_model(name: str, settings: ModelSettings, built: Mapping[str, Built], old: Pipeline | None) -> Model | None:
+    """
+    Return the old pipeline's model, with what its canaries have shown, where neither it nor its upstreams have changed.
+
+    One that is served by nobody is made anew: a reload is how an exchanged model is accepted.
+    """
+    found = old.proven.get(name) if old else None
+    if old is None or found is None or found.problem() or old.settings.models[name] != settings:
+        return None
+    return found if all(built[u] is old.built.get(u) for u in settings.upstreams) else None
 
 
 def _built(name: str, settings: UpstreamSettings, api_key: str, *, clock: Clock, observe: Observer) -> Built:

@@ -287,3 +287,23 @@ async def test_crash_leaves_a_socket_that_the_next_start_replaces() -> None:
     assert third.returncode == 1
     assert f"{crashed.socket_path} is in use" in third.stderr
     assert "Traceback" not in third.stderr
+
+
+async def test_reload_while_the_upstream_is_down(tmp_path: Path) -> None:
+    """An outage of an upstream that the file does not touch is no reason to refuse the rest of the file."""
+    async with FakeUpstream() as upstream:
+        toml = upstream.toml().replace("[models.m]", "circuit = { failures = 1, open_s = 0.2 }\n[models.m]")
+        async with running(tmp_path, toml + "[attempt]\nmax_attempts = 1\n") as proxy:
+            upstream.always = Fault(status=500, body={})
+            down = await proxy.embed({"input": "x"})
+            proxy.path.write_text(toml + "[request]\nmax_inputs = 1\n")
+            proxy.lifecycle.reload()
+            async with asyncio.timeout(10):
+                while (await proxy.embed({"input": ["a", "b"]}))[1]["error"]["code"] != "too_many_inputs":
+                    await asyncio.sleep(0.01)
+            upstream.always = Fault()
+            async with asyncio.timeout(10):
+                while (await proxy.embed({"input": "x"}))[0] != 200:
+                    await asyncio.sleep(0.02)
+
+    assert down[0] == 502

@@ -339,7 +339,7 @@ def scripted(balance: Any, door: Any = None, **lifecycle: Any) -> Pipeline:
         request=RequestSettings(max_timeout_s=60.0),
         models={"m": ModelSettings(upstreams=("u",))},
     )
-    return Pipeline(settings, door or ScriptedStage(), balance, {}, {}, balance._clock)
+    return Pipeline(settings, door or ScriptedStage(), balance, {}, {}, balance._clock, {})
 
 
 @contextlib.asynccontextmanager
@@ -445,7 +445,7 @@ async def test_models_prove_themselves_apart(clock: HandClock, singers: Singers)
         models={"m": ModelSettings(), "n": ModelSettings()},
     )
     singers.broken, singers.right = {"n": "u: down"}, {"n": False}
-    async with proving(Pipeline(settings, ScriptedStage(), singers, {}, {}, clock), clock):  # type: ignore[arg-type]
+    async with proving(Pipeline(settings, ScriptedStage(), singers, {}, {}, clock, {}), clock):  # type: ignore[arg-type]
         await clock.advance(10.5)
 
     assert singers.times("m") == [10.0]
