@@ -645,6 +645,34 @@ def test_proxy_that_cannot_be_used(proxy: str, is_variable: bool, read: Reader) 
     assert SECRET not in problem
 
 
+# --- the space of a model ---
+
+
+@pytest.mark.parametrize(
+    ("upstream", "model", "expected"),
+    [
+        ({}, {}, "m@http://127.0.0.1:1/v1"),
+        ({}, {"upstream_model": "theirs"}, "theirs@http://127.0.0.1:1/v1"),
+        ({}, {"upstreams": ["v", "u"]}, "m@http://127.0.0.1:2/v1"),
+        ({}, {"space": "own"}, "own"),
+        ({"base_url": "", "profile": "llamacpp"}, {}, "m@http://127.0.0.1:8080/v1"),
+        ({"kind": "builtin"}, {}, "wordllama@builtin"),
+    ],
+    ids=["plain", "other name there", "first of two", "said", "of the profile", "builtin"],
+)
+def test_space_of_a_model(upstream: dict[str, Any], model: dict[str, Any], expected: str, read: Reader) -> None:
+    """A space that nobody has named is the model there, at the first upstream: equal names elsewhere are another."""
+    table = {
+        "upstreams": {
+            "u": {**BASE["upstreams"]["u"], **upstream},
+            "v": {"kind": "openai", "base_url": "http://127.0.0.1:2/v1"},
+        },
+        "models": {"m": {"upstreams": ["u"], **model}},
+    }
+
+    assert read(table).settings.models["m"].space == expected
+
+
 # --- secrets ---
 
 
@@ -701,6 +729,16 @@ def test_key_file_without_a_key(content: bytes | None, expected: str, read: Read
     assert problem.endswith(expected)
 
 
+@pytest.mark.parametrize(("path", "is_quoted"), [(SECRET, False), (f"/nowhere/{SECRET}", True), (f"./{SECRET}", True)])
+def test_key_in_place_of_its_file(path: str, is_quoted: bool, read: Reader) -> None:
+    """Where a path is expected, what looks like none may be the key itself, and is not quoted."""
+    problem = one(read.problems(key_table(api_key_file=path)))
+
+    assert problem.startswith("upstreams.u.api_key_file")
+    assert problem.endswith(": cannot be read: No such file or directory")
+    assert (SECRET in problem) is is_quoted
+
+
 def test_key_with_a_line_break_inside(read: Reader) -> None:
     """A key that no header can carry is refused here, not at each call."""
     assert "api_key_env" in one(read.problems(key_table(api_key_env="MY_KEY"), {"MY_KEY": "one\ntwo"}))
@@ -736,12 +774,15 @@ def test_password_of_a_proxy_in_the_table(spelled: str, read: Reader) -> None:
 
 
 def test_secrets_in_the_table(read: Reader) -> None:
-    """What `show` prints holds no key, no header's value and no password."""
-    loaded = read(secret_table(), {"MY_KEY": SECRET})
+    """What `show` prints holds no key, no header's value, no password and no digest, but tells that there is one."""
+    loaded = read({**secret_table(), "callers": {"app": {"key_sha256": DIGEST}}}, {"MY_KEY": SECRET})
 
     table = config.as_table(loaded.settings)
-    assert SECRET not in tomli_w.dumps(table)
-    assert list(table["upstreams"]["u"]["headers"]) == ["X-Token"]
+    text = tomli_w.dumps(table)
+    assert SECRET not in text
+    assert DIGEST not in text
+    assert table["upstreams"]["u"]["headers"] == {"X-Token": "(hidden)"}
+    assert table["callers"]["app"]["key_sha256"] == "(hidden)"
 
 
 @pytest.mark.parametrize(

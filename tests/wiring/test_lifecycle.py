@@ -214,6 +214,32 @@ async def test_states_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [line["listeners"] for line in told if line["event"] == "listening"] == [[f"unix:{path}", f"tcp:{address}"]]
 
 
+# --- the cache's bound ---
+
+
+async def test_bound_of_the_cache(tmp_path: Path) -> None:
+    """The cache has the bound of the settings in force: from the start, and another one after a reload."""
+
+    async def cache() -> dict[str, Any]:
+        return (await proxy.get("/status"))[1]["stages"]["cache"]
+
+    async with FakeUpstream() as fake:
+        async with running(tmp_path, fake.toml() + "[cache]\nmax_bytes = 5000\n") as proxy:
+            await proxy.embed({"model": "m", "input": "a"})
+            before = await cache()
+            proxy.path.write_text(fake.toml() + "[cache]\nmax_bytes = 100\n", encoding="utf-8")
+            proxy.lifecycle.reload()
+
+            async def is_smaller() -> bool:
+                return (await cache())["max_bytes"] == 100
+
+            await until(is_smaller)
+            after = await cache()
+
+    assert (before["max_bytes"], before["entries"]) == (5000, 1)
+    assert after["entries"] == 0
+
+
 # --- starts that fail ---
 
 

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from proxy.base.clock import MonotonicClock
-from proxy.base.errors import NoUpstream
+from proxy.base.errors import EmbeddingError, NoUpstream
 from proxy.base.events import Event
 from proxy.base.messages import Response, Spec
 from proxy.base.settings import LifecycleSettings, ModelSettings, RequestSettings, Settings
@@ -41,7 +41,7 @@ class Built:
     """A pipeline of real settings, and what it was built with."""
 
     def __init__(self, toml: str, folder: Path, environ: dict[str, str] | None = None) -> None:
-        path = folder / "settings.toml"
+        self.path = path = folder / "settings.toml"
         path.write_text(toml, encoding="utf-8")
         loaded = config.load(str(path) if toml else None, environ or {})
         self.clock = MonotonicClock()
@@ -232,6 +232,161 @@ async def test_what_a_reload_takes_over(tmp_path: Path) -> None:
     assert entries == 2
 
 
+async def test_upstream_that_pipelines_share(tmp_path: Path) -> None:
+    """The last pipeline that has an upstream closes it; one whose settings have changed is the new pipeline's alone."""
+    async with FakeUpstream() as fake:
+        more = upstream_toml("u", fake.base_url) + '[models.n]\nupstreams = ["u"]\n'
+        it = Built(fake.toml() + more, tmp_path)
+        await it.pipeline.prove()
+        following = next_of(it, fake.toml() + more + "[upstreams.u.balance]\nslots = 3\n")
+        await following.prove()
+        kept = {name: following.built[name].upstream is one.upstream for name, one in it.pipeline.built.items()}
+        await it.pipeline.retire()
+        served = [await answered(following, it.clock, model) for model in "mn"]
+        after_the_first = [await answered(it.pipeline, it.clock, model) for model in "mn"]
+        await following.aclose()
+        after_the_last = [await answered(following, it.clock, model) for model in "mn"]
+
+    assert kept == {"fake": True, "u": False}
+    assert served == [True, True]
+    assert after_the_first == [True, False]
+    assert after_the_last == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("more", "model", "expected"),
+    [
+        ("[request]\nmax_inputs = 7\n", {}, True),
+        ("", {"aliases": ["other"]}, False),
+        ("[upstreams.fake.balance]\nslots = 3\n", {}, False),
+    ],
+    ids=["neither has changed", "the model has", "its upstream has"],
+)
+async def test_what_canaries_have_shown_before(
+    more: str, model: dict[str, Any], expected: bool, tmp_path: Path
+) -> None:
+    """A model is proven still where neither it nor an upstream of it has changed; else it has to show it anew."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove()
+            following = next_of(it, fake.toml(**model) + more)
+            problems = following.problems()
+            await following.aclose()
+
+    assert (problems == {"m": ""}) is expected
+
+
+async def test_model_that_is_served_by_nobody(tmp_path: Path) -> None:
+    """A model that is refused is made anew, though nothing has changed: so an exchanged model is accepted."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove()
+            fake.width = 16
+            refused = await it.pipeline.prove()
+            following = next_of(it, fake.toml())
+            accepted = await following.prove()
+            has_moved = following.has_moved(it.pipeline)
+            await following.aclose()
+
+    assert refused == {"m": "fake: its vectors have 16 numbers, the model's have 8"}
+    assert accepted == {"m": ""}
+    assert has_moved
+
+
+def next_of(it: Built, toml: str) -> Pipeline:
+    """Build the pipeline that follows another one, as a reload does."""
+    it.path.write_text(toml, encoding="utf-8")
+    loaded = config.load(str(it.path), {})
+    arguments: dict[str, Any] = {"clock": it.clock, "rng": random.Random(1), "observe": it.facts.append}
+    return build(loaded.settings, loaded.api_keys, store=it.store, old=it.pipeline, **arguments)
+
+
+async def answered(pipeline: Pipeline, clock: MonotonicClock, model: str) -> bool:
+    """Whether a pipeline's upstream is open still."""
+    try:
+        await pipeline(make_request(["a"], model=model, now=clock.now(), deadline=clock.now() + 1, no_cache=True))
+    except EmbeddingError:
+        return False
+    return True
+
+
+async def test_cache_of_a_pipeline_that_is_not_in_force(tmp_path: Path) -> None:
+    """Building leaves the store as it is: whether the new pipeline's bound will count is not known yet."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove()
+            await it.embed(["a"], "m")
+            before = it.store.snapshot()
+            following = next_of(it, fake.toml() + "[cache]\nmax_bytes = 100\n")
+            after = it.store.snapshot()
+            await following.aclose()
+
+    assert before["entries"] == 1
+    assert after == before
+
+
+async def test_answers_of_a_space_that_has_ended(tmp_path: Path) -> None:
+    """A pipeline that is told to stop storing answers as before, and leaves the store alone."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove()
+            it.pipeline.stop_storing()
+            response = await it.embed(["a"], "m")
+            entries = it.store.snapshot()["entries"]
+
+    assert response.rows == (vector("a", 8).tobytes(),)
+    assert entries == 0
+
+
+class Canaries:
+    """In place of balance: the vectors that stand for the spaces."""
+
+    def __init__(self, canaries: dict[str, bytes]) -> None:
+        self._canaries = canaries
+
+    def canaries(self) -> dict[str, bytes]:
+        return self._canaries
+
+    def widths(self) -> dict[str, int]:
+        return {}
+
+
+HERE, THERE = vector("here", 8).tobytes(), vector("there", 8).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ({"m": ("s", HERE)}, {"m": ("s", HERE)}, False),
+        ({"m": ("s", HERE)}, {"m": ("s", THERE)}, True),
+        ({"m": ("s", HERE)}, {"other": ("s", THERE)}, True),
+        ({"m": ("s", HERE)}, {"m": ("t", THERE)}, False),
+        ({"m": ("s", HERE)}, {"m": ("s", HERE[:16])}, True),
+        ({"m": ("s", HERE), "n": ("t", THERE)}, {"m": ("s", HERE), "n": ("t", HERE)}, True),
+        ({"m": ("s", b"")}, {"m": ("s", THERE)}, False),
+    ],
+    ids=["same", "elsewhere", "other name", "other space", "other width", "one of two", "never known"],
+)
+def test_moved_by_space(
+    before: dict[str, tuple[str, bytes]], now: dict[str, tuple[str, bytes]], expected: bool
+) -> None:
+    """Spaces are compared by their own names, whatever the models are called, and only where both are known."""
+    old, new = (
+        Pipeline(
+            Settings(models={name: ModelSettings(space=space) for name, (space, _) in models.items()}),
+            ScriptedStage(),
+            Canaries({name: row for name, (_, row) in models.items() if row}),  # type: ignore[arg-type]
+            {},
+            {},
+            HandClock(),
+            {},
+        )
+        for models in (before, now)
+    )
+
+    assert new.has_moved(old) is expected
+
+
 async def test_space_that_has_moved(tmp_path: Path) -> None:
     """Where the canaries show that a space means other vectors than before, the next pipeline says so."""
     async with FakeUpstream() as fake:
@@ -315,6 +470,9 @@ class Singers:
         return {"m": "", **self.broken}
 
     def widths(self) -> dict[str, int]:
+        return {}
+
+    def canaries(self) -> dict[str, bytes]:
         return {}
 
     def snapshot(self) -> dict[str, Any]:
@@ -459,6 +617,36 @@ async def test_proof_asks_every_model(clock: HandClock, singers: Singers) -> Non
 
     assert singers.sung == [(0.0, "m", 3.0)]
     assert problems == {"m": "u: down"}
+
+
+@pytest.mark.parametrize("end", ["aclose", "retire"])
+async def test_canaries_of_a_pipeline_that_ends(end: str, singers: Singers, clock: HandClock) -> None:
+    """The canaries go on until the pipeline ends; retiring ends them at once, though a request is still inside."""
+    door = ScriptedStage()
+    pipeline = scripted(singers, door, canary_interval_s=10.0)
+    pipeline.keep_proving()
+    await clock.advance(10.5)
+    call = asyncio.create_task(pipeline(make_request()))
+    inside = await door.next()
+    ending = asyncio.create_task(getattr(pipeline, end)())
+    await clock.advance(30)
+    is_over = ending.done()
+    inside.answer("one")
+    await asyncio.gather(call, ending)
+
+    assert singers.times() == [10.0]
+    assert is_over is (end == "aclose")
+    assert pipeline._proving is not None
+    assert pipeline._proving.cancelled()
+
+
+async def test_end_of_a_pipeline_that_never_proved(singers: Singers) -> None:
+    """A pipeline that was refused at a reload has no canaries to end; its door is closed, and through it the rest."""
+    door = ScriptedStage()
+    await scripted(singers, door).aclose()
+
+    assert door.is_closed
+    assert not singers.is_closed  # the last stage's business, not the pipeline's
 
 
 # --- the end ---

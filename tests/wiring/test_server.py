@@ -7,7 +7,9 @@ import concurrent.futures
 import contextlib
 import fcntl
 import gc
+import gzip
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -19,13 +21,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
+from aiohttp import web
 
 from proxy.base.clock import Clock, MonotonicClock
 from proxy.base.settings import Catalogue, ListenSettings, RequestSettings
 from proxy.edge.accept import Accept, Page
 from proxy.wiring.config import default_socket
-from proxy.wiring.server import Listener, ListenError, Server, _own_folder, close_listeners, open_listeners
+from proxy.wiring.server import (
+    Listener,
+    ListenError,
+    Server,
+    _own_folder,
+    close_listeners,
+    open_listeners,
+    refuse_strangers,
+)
 from tests.fakes.clock import HandClock
 from tests.fakes.sidecar import ROOT
 
@@ -154,6 +166,61 @@ def test_two_starts_at_once(folder: Path) -> None:
 
     assert len(opened_ones) == 1
     assert "is in use" in str(next(error for error in errors if error))
+
+
+def test_name_that_the_socket_has_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket is bound to the path with a point and six hexadecimal digits, and listens before it is renamed."""
+    renamed = []
+    rename = os.rename
+
+    def noted(before: str, after: str) -> None:
+        connected(before).close()
+        renamed.append((before, after))
+        rename(before, after)
+
+    monkeypatch.setattr(os, "rename", noted)
+    for _ in range(2):
+        with opened(unix_only(folder / "s")):
+            pass
+
+    assert [after for _, after in renamed] == [f"{folder}/s"] * 2
+    assert all(re.fullmatch(rf"{re.escape(str(folder))}/s\.[0-9a-f]{{6}}", before) for before, _ in renamed)
+    assert renamed[0] != renamed[1]
+
+
+def test_socket_that_cannot_be_renamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that fails in the middle leaves nothing beside the path, and lets the next one in."""
+
+    def fails(*_: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fails)
+        told = refusal(unix_only(folder / "s"))
+
+    assert told.startswith(f"cannot make the socket {folder}/s: Permission denied; ")
+    assert os.listdir(folder) == []
+    with opened(unix_only(folder / "s")):
+        connected(folder / "s").close()
+
+
+def test_start_beside_a_start(folder: Path) -> None:
+    """While another process makes its socket in the folder, nothing is looked at or bound there."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            start = pool.submit(open_listeners, unix_only(folder / "s"), {}, has_keys=False)
+            with pytest.raises(TimeoutError):
+                start.result(timeout=0.1)
+            during = os.listdir(folder)
+        finally:
+            os.close(fd)
+        listeners = start.result(timeout=5)
+    connected(folder / "s").close()
+    close_listeners(listeners)
+
+    assert during == []
 
 
 def test_socket_left_by_a_crash(folder: Path) -> None:
@@ -582,6 +649,39 @@ def test_open_socket_handed_over_with_keys() -> None:
     assert names == ["tcp"]
 
 
+@pytest.mark.parametrize(
+    ("family", "host", "is_refused"),
+    [
+        (socket.AF_INET, "127.0.0.1", False),
+        (socket.AF_INET, "127.0.0.2", False),
+        (socket.AF_INET6, "::1", False),
+        (socket.AF_INET, "0.0.0.0", True),
+        (socket.AF_INET6, "::", True),
+    ],
+)
+def test_strangers(family: socket.AddressFamily, host: str, is_refused: bool, folder: Path) -> None:
+    """Among open sockets, one that others can reach is refused by its address, but not where client keys are asked."""
+    with opened(unix_only(folder / "s")) as listeners, socket.create_server((host, 0), family=family) as tcp:
+        port = tcp.getsockname()[1]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        listeners = [*listeners, Listener("tcp", address, tcp)]
+        refuse_strangers(listeners, has_keys=True)
+        told = ""
+        try:
+            refuse_strangers(listeners, has_keys=False)
+        except ListenError as error:
+            told = str(error)
+        was_kept = tcp.fileno() != -1
+
+    assert told == (
+        f"the open socket {address} is reachable from outside, and no client keys are configured; "
+        "add [callers.<name>] with key_sha256"
+        if is_refused
+        else ""
+    )
+    assert was_kept  # it may be one that serves
+
+
 @pytest.mark.parametrize("environ", [{"LISTEN_FDS": "many"}, {"LISTEN_FDS": "3"}], ids=["no number", "not there"])
 def test_hand_over_that_is_broken(environ: dict[str, str]) -> None:
     """Variables that promise what is not there end in a sentence, not in a traceback."""
@@ -646,8 +746,8 @@ class Caller:
         self._reader = reader
         self._writer = writer
 
-    def send(self, path: str) -> None:
-        self.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    def send(self, path: str, host: str = "localhost") -> None:
+        self.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
@@ -785,6 +885,61 @@ async def test_request_that_is_no_http(folder: Path, caplog: pytest.LogCaptureFi
     assert "application/json" in head
     assert b"diary" not in body
     assert "diary" not in caplog.text
+
+
+@pytest.mark.parametrize(("is_unix", "expected"), [(True, ("200", "")), (False, ("403", "host_not_allowed"))])
+async def test_host_that_is_not_this_machine(is_unix: bool, expected: tuple[str, str], folder: Path) -> None:
+    """Over TCP without client keys a page that has pointed its name to us is refused; the Unix socket asks nobody."""
+    async with house(folder, MonotonicClock()) as it:
+        caller = await it.caller(is_unix=is_unix)
+        caller.send("/v1/models", host="evil.example")
+        head, body = await caller.answer()
+
+    assert (head.split()[1], orjson.loads(body).get("error", {}).get("code", "")) == expected
+
+
+class Echo:
+    """In place of the edge: answers with the body as it came."""
+
+    is_draining = False
+    requests_inside = 0
+
+    async def __call__(self, request: web.BaseRequest, *, listener: str) -> web.Response:
+        return web.Response(body=await request.read())
+
+    def malformed(self, listener: str) -> web.Response:
+        return web.Response(status=400)
+
+
+async def test_body_that_is_compressed(folder: Path) -> None:
+    """Nothing is unpacked on the way in: a small body may unpack to gigabytes, before anybody has refused it."""
+    packed = gzip.compress(bytes(1_000_000))
+    settings = unix_only(folder / "s")
+    with opened(settings) as listeners:
+        server = Server(Echo(), listeners, settings, MonotonicClock())  # type: ignore[arg-type]
+        await server.start()
+        caller = Caller(*await asyncio.open_unix_connection(settings.socket))
+        caller.write(
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\n"
+            + f"Content-Length: {len(packed)}\r\n\r\n".encode()
+            + packed
+        )
+        _, body = await caller.answer()
+        await caller.close()
+        await server.drain(timeout_s=0, linger_s=0)
+
+    assert body == packed
+
+
+@pytest.mark.parametrize("is_unix", [True, False])
+async def test_answer_counts_as_written_when_it_is_gone(is_unix: bool, folder: Path) -> None:
+    """No answer is small enough to be left in our own buffer: who does not read it is noticed while it is written."""
+    async with house(folder, MonotonicClock()) as it:
+        await (await it.caller(is_unix=is_unix)).ask("/quick")
+        transports = [each.transport for server in it.server._servers for each in server.connections]
+        limits = [transport.get_write_buffer_limits() for transport in transports]
+
+    assert limits == [(0, 0)]
 
 
 async def test_caller_that_leaves_in_the_middle(folder: Path) -> None:
