@@ -137,13 +137,13 @@ class Pipeline:
             await self._balance.sing(model, self._clock.now() + settings.canary_timeout_s)
 
     def has_moved(self, old: Pipeline) -> bool:
-        """Whether a space that both pipelines name means other vectors here than there."""
-        spaces = {model.space: name for name, model in old.settings.models.items()}
+        """Whether a space that both pipelines name may mean other vectors here than there: unknown counts as other."""
         before, now = old._balance.canaries(), self._balance.canaries()
         for name, model in self.settings.models.items():
-            was = before.get(spaces.get(model.space, ""))
-            if was is not None and name in now and flaw(now[name], was, 0):
-                return True
+            for old_name, old_model in old.settings.models.items():
+                was = before.get(old_name) if old_model.space == model.space else None
+                if was is not None and (name not in now or flaw(now[name], was, 0)):
+                    return True
         return False
 
     def problems(self) -> dict[str, str]:
@@ -212,7 +212,9 @@ def build(
         or _built(name, upstream, api_keys.get(name, ""), clock=clock, observe=observe)
         for name, upstream in settings.upstreams.items()
     }
-    upstreams = {name: one.upstream.join() for name, one in built.items()}
+    # Only those that a model names are ever called, and closed by balance.
+    named = {upstream for model in settings.models.values() for upstream in model.upstreams}
+    upstreams = {name: built[name].upstream.join() for name in named}
     models = {
         name: _kept_model(name, model, built, old)
         or Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, observe=observe)

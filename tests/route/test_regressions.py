@@ -845,3 +845,28 @@ async def test_own_width_of_a_model_that_declares_none(tmp_path: Path) -> None:
     assert headers["X-Embedding-Space"] == plain_headers["X-Embedding-Space"]
     assert (other, refused["error"]["code"]) == (400, "unsupported_dimensions")
     assert [model["dimensions"] for model in models["data"]] == [[8]]
+
+
+async def test_model_exchanged_while_its_upstream_is_down_at_the_reload(tmp_path: Path) -> None:
+    """A2: where the new pipeline has not yet seen the vectors of a space, the cached ones of before are forgotten."""
+    often = "[lifecycle]\ncanary_interval_s = 0.1\ncanary_retry_s = 0.05\n[attempt]\nmax_attempts = 1\n"
+    async with FakeUpstream(has_base64=False) as upstream, running(tmp_path, often + upstream.toml()) as proxy:
+        _, old, _ = await proxy.embed({"input": ["hello"]})
+        upstream.spare_canary, upstream.always = False, Fault(change=mirrored)
+
+        async def is_ready() -> bool:
+            return (await proxy.get("/readyz"))[0] == 200
+
+        async def is_refused() -> bool:
+            return not await is_ready()
+
+        await until(is_refused)
+        upstream.always = Fault(status=503)
+        outcome = await reloaded(proxy, often + upstream.toml())
+        upstream.always = Fault(change=mirrored)
+        await until(is_ready)
+        status, new, headers = await proxy.embed({"input": ["hello"]})
+
+    assert outcome == "done"
+    assert (status, headers["X-Embedding-Cache"]) == (200, "miss")
+    assert (rows(new) == rows(old)[:, ::-1]).all()

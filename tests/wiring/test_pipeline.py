@@ -21,7 +21,7 @@ from proxy.funnel.cache import CacheStore
 from proxy.wiring import config
 from proxy.wiring.pipeline import ROUTE, Pipeline, build
 from tests.fakes.clock import HandClock, settle
-from tests.fakes.stage import ScriptedStage, make_request
+from tests.fakes.stage import ScriptedStage, make_batch, make_request
 from tests.fakes.upstream import FakeUpstream, Fault, vector
 
 STAGES = [
@@ -632,7 +632,8 @@ async def test_canaries_of_a_pipeline_that_ends(end: str, singers: Singers, cloc
     await clock.advance(30)
     is_over = ending.done()
     inside.answer("one")
-    await asyncio.gather(call, ending)
+    async with asyncio.timeout(5):
+        await asyncio.gather(call, ending)
 
     assert singers.times() == [10.0]
     assert is_over is (end == "aclose")
@@ -745,3 +746,17 @@ def test_snapshot_order_is_the_route() -> None:
 
     assert [name for name in stations if name in STAGES] == STAGES
     assert set(stations) - set(STAGES) == {"accept", "decode", "translate", "vectors", "encode"}
+
+
+async def test_upstream_that_no_model_names_any_more(tmp_path: Path) -> None:
+    """An upstream that a reload leaves without a model is closed with the old pipeline."""
+    async with FakeUpstream() as fake:
+        it = Built(fake.toml(), tmp_path)
+        await it.pipeline.prove()
+        nameless = fake.toml().partition("[models.m]")[0]
+        following = next_of(it, nameless + '[upstreams.here]\nkind = "builtin"\n[models.w]\nupstreams = ["here"]\n')
+        await it.pipeline.retire()
+        await following.aclose()
+        end: Any = it.pipeline.built["fake"].end
+        with pytest.raises(EmbeddingError, match="no longer used"):
+            await end(make_batch(now=it.clock.now()))

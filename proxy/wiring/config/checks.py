@@ -139,7 +139,7 @@ def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator
     yield from _url_problems(url)
     parts = split_url(url)
     is_hosted = upstream.profile == "azure" or (parts is not None and parts.hostname == "api.openai.com")
-    if is_hosted and not has_key:
+    if is_hosted and not has_key and not upstream.api_key_env and not upstream.api_key_file:
         yield "api_key_env: this upstream needs an API key; name the variable that holds it, such as OPENAI_API_KEY"
     for name, value in upstream.headers.items():
         if not _HEADER_NAME.fullmatch(name) or not value.isprintable():
