@@ -92,7 +92,7 @@ class ListenSettings:
     )  # fmt: skip
     max_connections: int = setting(
         4096, "Open connections at a time; further ones are closed at once.", unit="connections", low=1,
-        high=1_000_000, reload=False, why="an idle one takes 9 kB",
+        high=1_000_000, reload=False, why="an idle one takes about 10 kB",
     )  # fmt: skip
     keepalive_timeout_s: float = setting(
         95.0, "An idle connection is kept open this long.", unit="s", low=1, high=3600, reload=False,
