@@ -9,7 +9,9 @@ a caller's text: they end in answers and logs.
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Self
+
+from proxy.base.messages import RateHints
 
 
 class Fault(enum.StrEnum):
@@ -27,6 +29,11 @@ class EmbeddingError(Exception):
     code = "internal_error"
     can_retry = False
     """Whether the same request may succeed later, here or at another upstream."""
+    may_be_poison = False
+    """Whether one input of its batch may have brought it about, on a server that is well: then parts of it may fare
+    better."""
+    index: int | None = None
+    """Position of the culprit in its batch, where that is known."""
 
     def __init__(
         self,
@@ -43,11 +50,23 @@ class EmbeddingError(Exception):
         self.retry_after_s = retry_after_s
         self.upstream = ""
         """Where it happened; empty when no upstream was asked."""
+        self.key: bytes | None = None
+        """Key of the one input that is to blame: batches are cut and requests thinned out on the way, a key stays."""
+        self.hints: RateHints | None = None
+        """What the upstream says about its limits, beside a RateLimited."""
 
     @property
     def label(self) -> str:
         """The code for metrics and logs, out of a closed set."""
         return self.code
+
+    def own(self) -> Self:
+        """Return one like it: each of several callers raises its own, with its own trace and culprit."""
+        copy = type(self).__new__(type(self))
+        copy.args = self.args
+        copy.__dict__.update(self.__dict__)
+        copy.__cause__ = self
+        return copy
 
 
 # --- the caller's ---
@@ -123,6 +142,18 @@ class Overloaded(EmbeddingError):
     can_retry = True
 
 
+class WouldBeLate(Overloaded):
+    """What waits ahead of this request takes longer than its deadline allows; so it is told now, not then."""
+
+    code = "would_be_late"
+
+
+class QueueTimeout(Overloaded):
+    """The deadline came while the request still waited in our own queue: nobody upstream has seen it."""
+
+    code = "queue_timeout"
+
+
 class NoUpstream(EmbeddingError):
     """No upstream of the model has shown that it can serve it."""
 
@@ -172,6 +203,10 @@ class UpstreamFailed(EmbeddingError):
     code = "upstream_failed"
     can_retry = True
 
+    def __init__(self, message: str, *, may_be_poison: bool = False, **options: Any) -> None:
+        super().__init__(message, **options)
+        self.may_be_poison = may_be_poison
+
 
 class UpstreamDenied(EmbeddingError):
     """The upstream does not accept our key or our account; no caller can mend that."""
@@ -187,6 +222,11 @@ class BadVectors(EmbeddingError):
     code = "bad_vectors"
     can_retry = True
 
+    def __init__(self, message: str, *, index: int | None = None, **options: Any) -> None:
+        super().__init__(message, **options)
+        self.index = index
+        self.may_be_poison = index is not None  # else the whole answer is wrong
+
 
 class UpstreamRefused(EmbeddingError):
     """The upstream found the request itself wrong, and said so with a 4xx of its own."""
@@ -201,8 +241,6 @@ class UpstreamRefused(EmbeddingError):
         self.status = status
         self.index = index
         """Position of the culprit in its batch, where the upstream tells."""
-        self.key: bytes | None = None
-        """Key of the culprit: batches are cut and requests thinned out on the way, a key stays the same."""
 
     @property
     def label(self) -> str:

@@ -8,10 +8,11 @@ fact does not know who listens. Texts, vectors and keys are no facts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from proxy.base.messages import message
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class RequestFinished:
     """A request has been answered, or its caller has left."""
 
@@ -43,7 +44,7 @@ class RequestFinished:
     answer_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class CacheLookedUp:
     """A request has asked the cache for its inputs."""
 
@@ -52,7 +53,7 @@ class CacheLookedUp:
     misses: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class InputsJoined:
     """Inputs needed no call of their own, since an equal one was already under way."""
 
@@ -60,7 +61,7 @@ class InputsJoined:
     inputs: int
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class BatchFinished:
     """A call is over, with all its attempts."""
 
@@ -71,7 +72,15 @@ class BatchFinished:
     upstream_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@message
+class BatchSplit:
+    """A batch failed in a way that one of its inputs may be to blame for, and is cut to find it."""
+
+    model: str
+    inputs: int
+
+
+@message
 class AttemptFinished:
     """One exchange with an upstream is over."""
 
@@ -83,14 +92,14 @@ class AttemptFinished:
     tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ConnectionStale:
     """A pooled connection turned out to be closed by the upstream; the attempt went out once more, for free."""
 
     upstream: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class BreakerMoved:
     """The breaker of an upstream has changed its state."""
 
@@ -99,7 +108,7 @@ class BreakerMoved:
     new: str
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class CanaryFinished:
     """A canary input has been sent to an upstream of a model."""
 
@@ -112,7 +121,7 @@ class CanaryFinished:
     """Whether this differs from the canary before."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ListenersOpened:
     """Callers can connect from now on."""
 
@@ -120,7 +129,7 @@ class ListenersOpened:
     """`unix:<path>` and `tcp:<host>:<port>`."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class LifecycleMoved:
     """The process has entered another state."""
 
@@ -129,7 +138,7 @@ class LifecycleMoved:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class ReloadFinished:
     """The settings have been read again."""
 
@@ -144,6 +153,7 @@ Event = (
     | CacheLookedUp
     | InputsJoined
     | BatchFinished
+    | BatchSplit
     | AttemptFinished
     | ConnectionStale
     | BreakerMoved

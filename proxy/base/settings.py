@@ -224,6 +224,28 @@ class CacheSettings:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatchSettings:
+    """How waiting inputs become calls."""
+
+    patience_s: float = setting(
+        0.005, "Longest time that a free slot waits for callers who are just coming back. Never with a slot to spare.",
+        unit="s", low=0, high=1, why="a call of 30 ms with eight inputs is worth waiting 4 ms for; 0 turns it off",
+    )  # fmt: skip
+    bulk_share: float = setting(
+        0.2, "Share of the batches that bulk gets while interactive inputs wait too.", low=0.01, high=0.9,
+        why="interactive goes first, but ingestion must not stand still for hours",
+    )  # fmt: skip
+    bulk_call_s: float = setting(
+        2.0, "A batch of bulk inputs is made so small that its call should not take longer than this.", unit="s",
+        low=0.01, high=600, why="an interactive input may have to wait for one to end, at a server with one slot",
+    )  # fmt: skip
+    quarantine_s: float = setting(
+        600.0, "An input that the upstream refused or failed on travels alone for this long.", unit="s", low=0,
+        high=86_400, why="callers send the same text again; it should not fail a batch each time",
+    )  # fmt: skip
+
+
 # --- one upstream ---
 
 
@@ -233,6 +255,10 @@ class BatchSettings:
 
     max_inputs: int = setting(0, "Inputs of one call.", unit="inputs", low=0, high=100_000)
     max_bytes: int = setting(0, "UTF-8 bytes of the inputs of one call.", unit="bytes", low=0, high=1024**3)
+    max_tokens: int = setting(
+        0, "Tokens of the inputs of one call, as estimated.", unit="tokens", low=0, high=100_000_000,
+        why="the estimate learns from the usage that the upstream reports",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +266,21 @@ class BalanceSettings:
     """How many calls at a time. 0: the profile's own bound."""
 
     slots: int = setting(
-        0, "Concurrent calls.", unit="calls", low=0, high=10_000,
+        0, "Concurrent calls at the most.", unit="calls", low=0, high=10_000,
         why="local servers compute one after the other: more calls only queue there",
+    )  # fmt: skip
+    min_slots: int = setting(
+        1, "Concurrent calls that are allowed however slow or overloaded the upstream is.", unit="calls", low=1,
+        high=10_000, why="with one, a recovering server is asked one thing at a time",
+    )  # fmt: skip
+    start_slots: int = setting(
+        0, "Concurrent calls to begin with; from there on it is learned, between `min_slots` and `slots`.",
+        unit="calls", low=0, high=10_000, why="one more for each full round that does not slow the upstream down",
+    )  # fmt: skip
+    abandoned_s: float = setting(
+        -1.0, "A call that was given up counts this long at the most, as the server may still be computing it. "
+        "-1: the profile's own.", unit="s", low=-1, high=3600,
+        why="Ollama went on for minutes after its caller had left; hosted upstreams have room, so 0 there",
     )  # fmt: skip
 
 
@@ -250,12 +289,17 @@ class BucketSettings:
     """Limits per minute that the upstream sets. Calls are paced to keep them, not refused."""
 
     requests_per_minute: int = setting(
-        0, "Attempts per minute; 0 means no limit.", unit="1/min", low=0, high=10_000_000,
-        why="sent evenly, one each 60 s / limit: a burst could double the limit in a window",
+        0, "Attempts per minute; 0: what the upstream's headers say, if anything.", unit="1/min", low=0,
+        high=10_000_000, why="sent evenly, one each 60 s / limit: a burst could double the limit in a window",
     )  # fmt: skip
-    bytes_per_minute: int = setting(
-        0, "UTF-8 bytes of text per minute; 0 means no limit. A tokens-per-minute limit times 3 is a safe guess.",
-        unit="bytes/min", low=0, high=100_000_000_000,
+    tokens_per_minute: int = setting(
+        0, "Tokens per minute; 0: what the upstream's headers say, if anything.", unit="tokens/min", low=0,
+        high=100_000_000_000,
+        why="reserved by estimate, settled by the usage that comes back; a tenth of it may go at once",
+    )  # fmt: skip
+    hold_max_s: float = setting(
+        60.0, "Longest time that an upstream may ask to be left alone, by `Retry-After` or its like.", unit="s", low=0,
+        high=3600, why="Azure has asked for 86 400 s",
     )  # fmt: skip
 
 
@@ -270,6 +314,10 @@ class CircuitSettings:
     open_s: float = setting(
         10.0, "After this time one probe may pass.", unit="s", low=0.05, high=3600,
         why="an outage of seconds should not become one of a minute",
+    )  # fmt: skip
+    probe_s: float = setting(
+        60.0, "A probe that has not come back by then is no longer waited for, and another one may go.", unit="s",
+        low=0.05, high=3600, why="a lease without an end has kept breakers half-open for days",
     )  # fmt: skip
 
 
@@ -308,7 +356,7 @@ class TransportSettings:
     client_key_file: str = setting("", "Key of the client certificate, PEM.")
 
 
-KINDS = ("builtin", "openai")
+KINDS = ("builtin", "openai", "ollama", "tei")
 PROFILES = ("openai", "azure", "vllm", "llamacpp", "localai", "lmstudio", "infinity", "generic")
 
 
@@ -317,13 +365,27 @@ class UpstreamSettings:
     """One server that embeds, or the embedded model."""
 
     kind: str = setting(
-        "", "`builtin`: the embedded model. `openai`: a server that speaks OpenAI's /v1/embeddings.", choices=KINDS
-    )
+        "", "`builtin`: the embedded model. `openai`: a server that speaks OpenAI's /v1/embeddings. `ollama`: Ollama "
+        "by its own /api/embed. `tei`: Hugging Face's text-embeddings-inference.", choices=KINDS,
+    )  # fmt: skip
     profile: str = setting(
         "generic", "Whose defaults and habits a server of kind `openai` has.", choices=PROFILES,
         why="see the table of profiles in docs/upstreams.md",
     )  # fmt: skip
-    base_url: str = setting("", "Where `/embeddings` is appended. Empty: the profile's own, if it has one.")
+    keep_alive: str = setting(
+        "30m", "Kind `ollama`: how long the model stays loaded after a call, such as `30m`, `24h`, `-1` for ever or "
+        "`0` for not at all. Empty: as the server is set.",
+        why="Ollama's own 5 min let the first query after lunch wait until the model is loaded again",
+    )  # fmt: skip
+    route: str = setting(
+        "native", "Kind `tei`: `native` is /embed, where a long input is an error. `openai` is /v1/embeddings: base64, "
+        "but long inputs are cut silently unless the server runs with `--auto-truncate false`.",
+        choices=("native", "openai"), why="a vector of half a text is a wrong one",
+    )  # fmt: skip
+    base_url: str = setting(
+        "", "Where the kind's path is appended: `/embeddings`, for `ollama` `/api/embed`, for `tei` `/embed`. Empty: "
+        "the profile's own, if it has one.",
+    )  # fmt: skip
     api_key_env: str = setting("", "Environment variable that holds the API key.")
     api_key_file: str = setting("", "File that holds the API key; read at start and reload.")
     headers: Mapping[str, str] = setting({}, "Further headers for each call.", secret=True)
@@ -346,9 +408,9 @@ class AttemptSettings:
         why="full jitter: callers that failed together do not come back together",
     )  # fmt: skip
     backoff_max_s: float = setting(5.0, "Longest such wait.", unit="s", low=0, high=600)
-    retry_after_max_s: float = setting(
-        30.0, "Longest wait that an upstream may ask of a call inside; beyond it the call ends with the error.",
-        unit="s", low=0, high=3600, why="Azure has asked for 86 400 s",
+    retry_ratio: float = setting(
+        0.2, "Further tries may be this share of the calls, over all callers; a few are always allowed.", low=0,
+        high=1, why="linkerd's: when everything fails, retries would multiply the load",
     )  # fmt: skip
 
 
@@ -403,6 +465,7 @@ class Settings:
     request: RequestSettings = field(default_factory=RequestSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    microbatch: MicroBatchSettings = field(default_factory=MicroBatchSettings)
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
     log: LogSettings = field(default_factory=LogSettings)

@@ -83,6 +83,14 @@ def test_refusal_of_an_upstream() -> None:
     assert UpstreamRefused("no", status=400).code == "upstream_refused"
 
 
+def test_failure_that_one_input_may_have_brought_about() -> None:
+    """Only who knows better says that one input may be at fault; and no error knows of limits by itself."""
+    plain, suspect = errors.UpstreamFailed("boom"), errors.UpstreamFailed("boom", may_be_poison=True, retry_after_s=1.0)
+
+    assert (plain.may_be_poison, plain.hints) == (False, None)
+    assert (suspect.may_be_poison, suspect.retry_after_s) == (True, 1.0)
+
+
 def test_label_of_an_error() -> None:
     """A label is out of a closed set: our own code, even where the upstream has said another word."""
     ours = DeadlineExceeded("late", code="write_timeout")

@@ -88,6 +88,7 @@ def make_request(
         "inputs": tuple(inputs),
         "keys": keys(space, inputs),
         "space": space,
+        "sizes": tuple(map(size_bytes, inputs)),
         "size_bytes": sum(map(size_bytes, inputs)),
         "priority": Priority.INTERACTIVE,
         "caller": "test",

@@ -1,5 +1,5 @@
 """
-A real upstream on loopback that speaks OpenAI's dialect and misbehaves on command.
+A real upstream on loopback that speaks OpenAI's dialect, Ollama's or TEI's, by the path, and misbehaves on command.
 
 Its vectors are made of the input alone, so a test can say for each answer whether it is the right one.
 """
@@ -35,7 +35,7 @@ class Seen:
 
     @property
     def inputs(self) -> list[Any]:
-        given = self.body["input"]
+        given = self.body["inputs" if "inputs" in self.body else "input"]
         return given if isinstance(given, list) else [given]
 
 
@@ -57,7 +57,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: Any = None
     """Answer with this (JSON, or bytes as they are)."""
-    change: Callable[[dict[str, Any]], Any] | None = None
+    change: Callable[[Any], Any] | None = None
     """Change the right answer."""
 
 
@@ -73,6 +73,8 @@ class FakeUpstream:
         self.script: list[Fault] = []
         """Faults of the next requests, in order; when it is empty, `always` counts."""
         self.always = OK
+        self.poison: dict[str, Fault] = {}
+        """By input, what becomes of each request that holds it, unless a fault stands in the script."""
         self.inside = 0
         self.most_inside = 0
         self.connections: set[Any] = set()
@@ -95,23 +97,29 @@ class FakeUpstream:
         await self._runner.cleanup()
 
     @property
+    def root_url(self) -> str:
+        """Where Ollama's and TEI's own routes begin."""
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
     def base_url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
+        return f"{self.root_url}/v1"
 
     def hang_up(self) -> None:
         """Close all connections; the other side finds out when the loop turns."""
         for connection in self.connections:
             connection.close()
 
-    def toml(self, **model: Any) -> str:
-        """Settings of a proxy that has this for its only upstream, with model `m`."""
+    def toml(self, *, kind: str = "openai", upstream: str = "", **model: Any) -> str:
+        """Settings of a proxy that has this for its only upstream, with `upstream` as further lines, and model `m`."""
         lines = [f"{key} = {json.dumps(value)}" for key, value in model.items()]
         return "\n".join(
             [
                 "[upstreams.fake]",
-                'kind = "openai"',
-                'profile = "openai"',
-                f'base_url = "{self.base_url}"',
+                f'kind = "{kind}"',
+                *(['profile = "openai"'] if kind == "openai" else []),
+                f'base_url = "{self.base_url if kind == "openai" else self.root_url}"',
+                upstream,
                 "[models.m]",
                 'upstreams = ["fake"]',
                 *lines,
@@ -119,13 +127,18 @@ class FakeUpstream:
             ]
         )
 
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the right answer to a request."""
-        given = body["input"]
+    def answer(self, body: dict[str, Any], path: str = "/v1/embeddings") -> Any:
+        """Return the right answer to a request, in the dialect of its path."""
+        given = body["inputs" if path == "/embed" else "input"]
         inputs = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         width = body.get("dimensions", self.width)
         is_base64 = self._has_base64 and body.get("encoding_format") == "base64"
         rows = [vector(item, width) for item in inputs]
+        if path == "/embed":
+            return [[float(x) for x in row] for row in rows]
+        if path == "/api/embed":
+            embeddings = [[float(x) for x in row] for row in rows]
+            return {"model": body["model"], "embeddings": embeddings, "prompt_eval_count": self._tokens(inputs)}
         data = [
             {
                 "object": "embedding",
@@ -134,26 +147,38 @@ class FakeUpstream:
             }
             for index, row in enumerate(rows)
         ]
-        tokens = sum(len(str(item)) for item in inputs)
+        tokens = self._tokens(inputs)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": body["model"], "usage": usage}
+
+    def _tokens(self, inputs: list[Any]) -> int:
+        return sum(len(str(item)) for item in inputs)
+
+    def _headers(self, seen: Seen) -> dict[str, str]:
+        """Return what stands beside a right answer: TEI counts tokens there."""
+        return {"x-compute-tokens": str(self._tokens(seen.inputs))} if seen.path == "/embed" else {}
 
     async def _handle(self, http: web.BaseRequest) -> web.StreamResponse:
         body = json.loads(await http.read())
         self.connections.add(http.transport)
-        is_canary = self.spare_canary and body["input"] == ["The quick brown fox jumps over the lazy dog."]
-        if is_canary:
-            return web.json_response(self.answer(body))
-        self.seen.append(Seen(body, dict(http.headers), http.path))
-        fault = self.script.pop(0) if self.script else self.always
+        seen = Seen(body, dict(http.headers), http.path)
+        if self.spare_canary and seen.inputs == ["The quick brown fox jumps over the lazy dog."]:
+            return web.json_response(self.answer(body, http.path), headers=self._headers(seen))
+        self.seen.append(seen)
+        fault = self.script.pop(0) if self.script else self._poisoned(seen)
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         try:
-            return await self._faulty(http, body, fault)
+            return await self._faulty(http, seen, fault)
         finally:
             self.inside -= 1
 
-    async def _faulty(self, http: web.BaseRequest, body: dict[str, Any], fault: Fault) -> web.StreamResponse:
+    def _poisoned(self, seen: Seen) -> Fault:
+        if not self.poison:
+            return self.always
+        return next((self.poison[item] for item in seen.inputs if item in self.poison), self.always)
+
+    async def _faulty(self, http: web.BaseRequest, seen: Seen, fault: Fault) -> web.StreamResponse:
         assert http.transport is not None
         if fault.wait_for is not None:
             await fault.wait_for.wait()
@@ -169,7 +194,7 @@ class FakeUpstream:
         if fault.status != 200 or fault.body is not None:
             given = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
             return web.Response(status=fault.status, headers=fault.headers, body=given)
-        answer: Any = self.answer(body)
+        answer = self.answer(seen.body, seen.path)
         if fault.change is not None:
             answer = fault.change(answer)
         spelled = json.dumps(answer).encode()
@@ -179,4 +204,4 @@ class FakeUpstream:
             await response.write(spelled[: len(spelled) // 2])
             http.transport.abort()
             raise ConnectionResetError
-        return web.Response(headers=fault.headers, body=spelled)
+        return web.Response(headers={**self._headers(seen), **fault.headers}, body=spelled)
