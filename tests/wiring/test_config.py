@@ -19,8 +19,11 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.base.settings import Settings
+from proxy.base.settings import KINDS, PROFILES, Settings, UpstreamSettings
+from proxy.upstream.translate import Profile, ollama, openai, tei
 from proxy.wiring import config
+from proxy.wiring.config.profiles import dialect_of, profile_of
+from tests.fakes.stage import make_batch
 
 BASE: dict[str, Any] = {
     "upstreams": {"u": {"kind": "openai", "base_url": "http://127.0.0.1:1/v1"}},
@@ -264,7 +267,7 @@ def test_ten_mistakes_in_one_file(read: Reader) -> None:
     assert "listen.keepalive_timeout_s = 'long': is not a number" in told
     assert "listen.allowed_uids = ['me']: is not a list of " in told
     assert "log.level = 'inof': may be debug, info, warning, error; did you mean 'info'?" in told
-    assert "upstreams.u.kind = 'opanai': may be builtin, openai; did you mean 'openai'?" in told
+    assert "upstreams.u.kind = 'opanai': may be builtin, openai, ollama, tei; did you mean 'openai'?" in told
     assert "models.m.token_ids = 'yes': is not true or false" in told
 
 
@@ -657,8 +660,23 @@ def test_proxy_that_cannot_be_used(proxy: str, is_variable: bool, read: Reader) 
         ({}, {"space": "own"}, "own"),
         ({"base_url": "", "profile": "llamacpp"}, {}, "m@http://127.0.0.1:8080/v1"),
         ({"kind": "builtin"}, {}, "wordllama@builtin"),
+        ({"kind": "ollama", "base_url": "http://127.0.0.1:1"}, {}, "m@http://127.0.0.1:1"),
+        ({"kind": "ollama", "base_url": ""}, {"upstream_model": "bge-m3"}, "bge-m3@http://127.0.0.1:11434"),
+        ({"kind": "tei", "base_url": ""}, {}, "m@http://127.0.0.1:3000"),
+        ({"kind": "tei", "base_url": "", "route": "openai"}, {}, "m@http://127.0.0.1:3000"),
     ],
-    ids=["plain", "other name there", "first of two", "said", "of the profile", "builtin"],
+    ids=[
+        "plain",
+        "other name there",
+        "first of two",
+        "said",
+        "of the profile",
+        "builtin",
+        "ollama",
+        "of ollama",
+        "of tei",
+        "other route of tei",
+    ],
 )
 def test_space_of_a_model(upstream: dict[str, Any], model: dict[str, Any], expected: str, read: Reader) -> None:
     """A space that nobody has named is the model there, at the first upstream: equal names elsewhere are another."""
@@ -671,6 +689,54 @@ def test_space_of_a_model(upstream: dict[str, Any], model: dict[str, Any], expec
     }
 
     assert read(table).settings.models["m"].space == expected
+
+
+# --- kinds ---
+
+
+@pytest.mark.parametrize(
+    ("upstream", "profile", "url"),
+    [
+        ({"kind": "openai", "profile": "vllm"}, openai.PROFILES["vllm"], "http://h/embeddings"),
+        ({"kind": "openai"}, openai.PROFILES["generic"], "http://h/embeddings"),
+        ({"kind": "ollama"}, ollama.PROFILE, "http://h/api/embed"),
+        ({"kind": "tei"}, tei.PROFILES["native"], "http://h/embed"),
+        ({"kind": "tei", "route": "openai"}, tei.PROFILES["openai"], "http://h/embeddings"),
+    ],
+    ids=str,
+)
+def test_profile_and_dialect_of_a_kind(upstream: dict[str, str], profile: Profile, url: str) -> None:
+    """Kind, profile and route together say whose habits an upstream has and how it is spoken to."""
+    settings = UpstreamSettings(**upstream, base_url="http://h", headers={"X-Team": "a"})
+    call = dialect_of("u", settings, "k-1").call(make_batch())
+
+    assert profile_of(settings) is profile
+    assert call.url == url
+    assert call.headers["Authorization"] == "Bearer k-1"
+    assert call.headers["X-Team"] == "a"
+
+
+def test_stay_of_a_model(read: Reader) -> None:
+    """How long Ollama keeps a model is read as the file says it, and sent."""
+    settings = read(kind_table("ollama", keep_alive="24h")).settings.upstreams["u"]
+
+    assert json.loads(dialect_of("u", settings, "").call(make_batch()).body)["keep_alive"] == "24h"
+
+
+def test_embedded_model_has_no_profile() -> None:
+    """The embedded model is no server: whoever asks for its profile or its dialect has lost the way."""
+    with pytest.raises(ValueError, match="kind 'builtin' has no profile"):
+        profile_of(UpstreamSettings(kind="builtin"))
+    with pytest.raises(ValueError, match="kind 'builtin' has no profile"):
+        dialect_of("u", UpstreamSettings(kind="builtin"), "")
+
+
+def test_every_kind_and_profile_is_known() -> None:
+    """What the settings offer is what there is."""
+    kinds = [UpstreamSettings(kind=kind) for kind in KINDS if kind != "builtin"]
+
+    assert all(profile_of(settings) for settings in kinds)
+    assert tuple(openai.PROFILES) == PROFILES
 
 
 # --- secrets ---
@@ -831,6 +897,10 @@ def model_table(**model: Any) -> dict[str, Any]:
     return {**BASE, "models": {"m": {"upstreams": ["u"], **model}}}
 
 
+def kind_table(kind: str, **upstream: Any) -> dict[str, Any]:
+    return {**BASE, "upstreams": {"u": {"kind": kind, **upstream}}}
+
+
 def builtin_table(**model: Any) -> dict[str, Any]:
     return {"upstreams": {"here": {"kind": "builtin"}}, "models": {"m": {"upstreams": ["here"], **model}}}
 
@@ -874,7 +944,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "upstream without a kind": (
         {**BASE, "upstreams": {"u": {"base_url": "http://h"}}},
-        "upstreams.u.kind: is missing; it may be builtin or openai",
+        "upstreams.u.kind: is missing; it may be builtin, openai, ollama or tei",
     ),
     "upstream without a URL": (
         {**BASE, "upstreams": {"u": {"kind": "openai", "profile": "vllm"}}},
@@ -894,6 +964,55 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "URL of the route itself": (
         key_table(base_url="http://h/v1/embeddings/"),
         "upstreams.u.base_url = 'http://h/v1/embeddings/': leave '/embeddings' out",
+    ),
+    "URL of Ollama's own route": (
+        kind_table("ollama", base_url="http://h/api/embed"),
+        "upstreams.u.base_url = 'http://h/api/embed': leave '/api/embed' out, it is appended",
+    ),
+    "URL of Ollama's other routes": (
+        kind_table("ollama", base_url="http://h/v1/"),
+        "upstreams.u.base_url = 'http://h/v1/': leave '/v1' out, '/api/embed' stands beside it",
+    ),
+    "URL of TEI's own route": (
+        kind_table("tei", base_url="http://h/embed"),
+        "upstreams.u.base_url = 'http://h/embed': leave '/embed' out, it is appended",
+    ),
+    "URL of TEI's other route": (
+        kind_table("tei", base_url="http://h/v1"),
+        "upstreams.u.base_url = 'http://h/v1': leave '/v1' out, '/embed' stands beside it",
+    ),
+    "URL of the route that is asked for": (
+        kind_table("tei", route="openai", base_url="http://h/v1/embeddings"),
+        "upstreams.u.base_url = 'http://h/v1/embeddings': leave '/embeddings' out, it is appended",
+    ),
+    "profile of another kind": (
+        kind_table("ollama", profile="vllm"),
+        "upstreams.u.profile = 'vllm': only kind 'openai' has it, and this is 'ollama'; leave it out",
+    ),
+    "profile of the embedded model": (
+        {"upstreams": {"here": {"kind": "builtin", "profile": "vllm"}}, "models": {"m": {"upstreams": ["here"]}}},
+        "upstreams.here.profile = 'vllm': only kind 'openai' has it, and this is 'builtin'; leave it out",
+    ),
+    "stay of a model that somebody else loads": (
+        key_table(keep_alive="24h"),
+        "upstreams.u.keep_alive = '24h': only kind 'ollama' has it, and this is 'openai'; leave it out",
+    ),
+    "route of a server that has one": (
+        kind_table("ollama", route="openai"),
+        "upstreams.u.route = 'openai': only kind 'tei' has it, and this is 'ollama'; leave it out",
+    ),
+    "stay in words": (
+        kind_table("ollama", keep_alive="long"),
+        "upstreams.u.keep_alive = 'long': is no duration such as '30m' or '1h30m', no number of seconds, and not '-1'",
+    ),
+    "stay without a unit": (kind_table("ollama", keep_alive="1.5"), "upstreams.u.keep_alive = '1.5': is no duration"),
+    "token ids for Ollama": (
+        {**kind_table("ollama"), "models": {"m": {"upstreams": ["u"], "token_ids": True}}},
+        "models.m.token_ids = true: upstream 'u' has kind 'ollama', which is not known to speak cl100k",
+    ),
+    "widths for a server that has one": (
+        {**key_table(profile="llamacpp"), "models": {"m": {"upstreams": ["u"], "dimensions_allowed": [5]}}},
+        "models.m.dimensions_allowed = [5]: upstream 'u' has profile 'llamacpp', which does not know 'dimensions'",
     ),
     "URL with a user": (key_table(base_url="http://me@h/v1"), "upstreams.u.base_url: may not hold a user, a query or"),
     "URL with a query": (
@@ -1004,6 +1123,17 @@ def test_settings_that_cannot_be_meant(name: str, read: Reader) -> None:
         key_table(base_url="", profile="llamacpp"),
         key_table(profile="openai", base_url="http://h/v1"),
         {**model_table(token_ids=True), "upstreams": {"u": {**BASE["upstreams"]["u"], "profile": "openai"}}},
+        kind_table("ollama"),
+        kind_table("ollama", base_url="http://h/ollama", keep_alive="-1"),
+        kind_table("ollama", keep_alive=""),
+        kind_table("ollama", keep_alive="0"),
+        kind_table("ollama", keep_alive="1h30m"),
+        kind_table("ollama", keep_alive="-1.5h", profile="generic", route="native"),
+        kind_table("tei"),
+        kind_table("tei", route="openai", base_url="http://h/v1"),
+        kind_table("tei", base_url="http://h/models/embed-small"),
+        {**kind_table("tei"), "models": {"m": {"upstreams": ["u"], "dimensions_allowed": [5]}}},
+        {"upstreams": {"h": {"kind": "builtin", "keep_alive": "30m"}}, "models": {"m": {"upstreams": ["h"]}}},
         builtin_table(dimensions=256, dimensions_allowed=[64], max_input_bytes=32_768, upstream_model="wordllama"),
         {**model_table(aliases=["a"]), "request": {"default_model": "a"}},
         {**BASE, "request": {"default_model": "m"}},
@@ -1090,7 +1220,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
         if leaf.kind in (int, float) and draw(st.booleans()):
             numbers = st.integers if leaf.kind is int else st.floats
             value: Any = draw(numbers(leaf.kind(meta["low"]), leaf.kind(meta["high"])))
-        elif meta["choices"] and leaf.where[-1] not in ("kind", "profile"):
+        elif meta["choices"] and leaf.where[-1] not in ("kind", "profile", "route"):
             value = draw(st.sampled_from(meta["choices"]))
         elif leaf.where[-1] in ("allowed_uids", "dimensions_allowed"):
             value = draw(st.lists(st.integers(1, 10**6), max_size=3))

@@ -22,8 +22,8 @@ from typing import Any
 
 from proxy.base.settings import ModelSettings, Settings, UpstreamSettings
 from proxy.upstream.builtin import MAX_INPUT_BYTES, MODEL, WIDTH, WIDTHS
-from proxy.upstream.translate.openai import PROFILES
 from proxy.wiring.config.checks import OFF, contradictions, host_port, is_loopback, split_url
+from proxy.wiring.config.profiles import base_url_of
 from proxy.wiring.config.reader import Problems, from_text, quoted, read
 from proxy.wiring.config.reference import as_table, reference
 
@@ -187,7 +187,7 @@ def default_socket(environ: Mapping[str, str]) -> str:
 
 def _environment_proxy(upstream: UpstreamSettings, environ: Mapping[str, str]) -> str:
     """Return the proxy that `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` mean for an upstream; never one for loopback."""
-    parts = split_url(upstream.base_url or PROFILES[upstream.profile].base_url)
+    parts = split_url(base_url_of(upstream))
     if parts is None or parts.hostname is None or is_loopback(parts.hostname):
         return ""
 
@@ -219,8 +219,8 @@ def _space(name: str, model: ModelSettings, first: UpstreamSettings) -> str:
     Name the vector space by who serves it: two servers that answer to the same name are not the same space. The first
     upstream counts, since the others have to show the same vectors.
     """
-    url = first.base_url or PROFILES[first.profile].base_url if first.kind == "openai" else first.kind
-    return f"{model.upstream_model or name}@{re.sub('//[^/]*@', '//', url)}"
+    place = base_url_of(first) or first.kind
+    return f"{model.upstream_model or name}@{re.sub('//[^/]*@', '//', place)}"
 
 
 def _builtin_model(model: ModelSettings, told: Any) -> ModelSettings:

@@ -14,10 +14,10 @@ import ssl
 from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, urlsplit
 
-from proxy.base.settings import ModelSettings, Settings, UpstreamSettings, shown
+from proxy.base.settings import KINDS, ModelSettings, Settings, UpstreamSettings, shown
 from proxy.upstream.builtin import MAX_INPUT_BYTES, MODEL, WIDTH, WIDTHS
-from proxy.upstream.translate.openai import PROFILES
 from proxy.upstream.transport import tls_context
+from proxy.wiring.config.profiles import base_url_of, path_of, profile_of
 from proxy.wiring.config.reader import meant, quoted
 
 OFF = "off"
@@ -26,6 +26,7 @@ MAX_SOCKET_PATH_BYTES = 100
 
 _NAME = re.compile(r"[!-~]{1,128}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token of RFC 9110 §5.6.2
+_KEEP_ALIVE = re.compile(r"-?(?:\d{1,9}|(?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+)")  # Go's time.ParseDuration
 
 
 def contradictions(settings: Settings, api_keys: Mapping[str, str]) -> Iterator[str]:
@@ -129,16 +130,18 @@ def split_url(url: str) -> SplitResult | None:
 
 def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator[str]:
     if not upstream.kind:
-        yield "kind: is missing; it may be builtin or openai"
+        yield f"kind: is missing; it may be {', '.join(KINDS[:-1])} or {KINDS[-1]}"
         return
+    yield from _kind_problems(upstream)
     if upstream.kind == "builtin":
         return
-    url = upstream.base_url or PROFILES[upstream.profile].base_url
+    url = base_url_of(upstream)
     if not url:
-        yield f"base_url: is missing, and profile {upstream.profile!r} has none of its own"
-    yield from _url_problems(url)
+        yield f"base_url: is missing, and {_whose(upstream)} has none of its own"
+    yield from _url_problems(upstream, url)
     parts = split_url(url)
-    is_hosted = upstream.profile == "azure" or (parts is not None and parts.hostname == "api.openai.com")
+    is_azure = upstream.kind == "openai" and upstream.profile == "azure"
+    is_hosted = is_azure or (parts is not None and parts.hostname == "api.openai.com")
     if is_hosted and not has_key and not upstream.api_key_env and not upstream.api_key_file:
         yield "api_key_env: this upstream needs an API key; name the variable that holds it, such as OPENAI_API_KEY"
     for name, value in upstream.headers.items():
@@ -147,13 +150,34 @@ def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator
     yield from _transport_problems(upstream)
 
 
-def _url_problems(url: str) -> Iterator[str]:
+def _kind_problems(upstream: UpstreamSettings) -> Iterator[str]:
+    """What only some kinds have is a mistake at others; a default is none, since `show` prints all of them."""
+    for key, kind in (("profile", "openai"), ("keep_alive", "ollama"), ("route", "tei")):
+        value = getattr(upstream, key)
+        if upstream.kind != kind and value != getattr(UpstreamSettings(), key):
+            yield f"{key} = {shown(value)}: only kind {kind!r} has it, and this is {upstream.kind!r}; leave it out"
+    if upstream.kind == "ollama" and upstream.keep_alive and not _KEEP_ALIVE.fullmatch(upstream.keep_alive):
+        yield (
+            f"keep_alive = {shown(upstream.keep_alive)}: is no duration such as '30m' or '1h30m', no number of "
+            "seconds, and not '-1' for ever"
+        )
+
+
+def _whose(upstream: UpstreamSettings) -> str:
+    """Say for a message whose habits an upstream has."""
+    return f"profile {upstream.profile!r}" if upstream.kind == "openai" else f"kind {upstream.kind!r}"
+
+
+def _url_problems(upstream: UpstreamSettings, url: str) -> Iterator[str]:
     parts = split_url(url)
+    path, own = parts.path.rstrip("/") if parts else "", path_of(upstream)
     masked = shown(re.sub(r"^.*@", "(hidden)@", url))
     if url and (parts is None or parts.scheme not in ("http", "https")):
         yield f"base_url = {masked}: is not http://host:port/… or https://…"
-    elif parts is not None and parts.path.rstrip("/").endswith("/embeddings"):
-        yield f"base_url = {masked}: leave '/embeddings' out, it is appended"
+    elif path.endswith(own):
+        yield f"base_url = {masked}: leave {own!r} out, it is appended"
+    elif own in ("/api/embed", "/embed") and path.endswith("/v1"):
+        yield f"base_url = {masked}: leave '/v1' out, {own!r} stands beside it"
     elif parts is not None and (parts.username or parts.query or parts.fragment):
         yield "base_url: may not hold a user, a query or a fragment; keys go into api_key_env or api_key_file"
 
@@ -193,18 +217,24 @@ def _model_problems(model: ModelSettings, upstreams: Mapping[str, UpstreamSettin
             yield f"upstreams = {shown(name)}: no such upstream{meant(name, upstreams).rstrip('?')}; {known}"
         elif upstreams[name].kind == "builtin":
             yield from _builtin_problems(model)
-        elif model.token_ids and not PROFILES[upstreams[name].profile].speaks_cl100k:
-            yield (
-                f"token_ids = true: upstream {name!r} has profile {upstreams[name].profile!r}, "
-                "which is not known to speak cl100k; ids would mean other words to it"
-            )
-        elif model.dimensions_allowed and not PROFILES[upstreams[name].profile].has_dimensions:
-            yield (
-                f"dimensions_allowed = {list(model.dimensions_allowed)}: upstream {name!r} has profile "
-                f"{upstreams[name].profile!r}, which does not know 'dimensions'"
-            )
+        elif upstreams[name].kind:
+            yield from _server_problems(name, model, upstreams[name])
     if any(width < 1 for width in model.dimensions_allowed):
         yield f"dimensions_allowed = {list(model.dimensions_allowed)}: widths are above 0"
+
+
+def _server_problems(name: str, model: ModelSettings, upstream: UpstreamSettings) -> Iterator[str]:
+    profile = profile_of(upstream)
+    if model.token_ids and not profile.speaks_cl100k:
+        yield (
+            f"token_ids = true: upstream {name!r} has {_whose(upstream)}, "
+            "which is not known to speak cl100k; ids would mean other words to it"
+        )
+    elif model.dimensions_allowed and not profile.has_dimensions:
+        yield (
+            f"dimensions_allowed = {list(model.dimensions_allowed)}: upstream {name!r} has {_whose(upstream)}, "
+            "which does not know 'dimensions'"
+        )
 
 
 def _builtin_problems(model: ModelSettings) -> Iterator[str]:
