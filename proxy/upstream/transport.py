@@ -15,8 +15,7 @@ import os
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -27,16 +26,20 @@ from proxy.base.events import AttemptFinished, ConnectionStale, Observer
 from proxy.base.messages import Answer, Batch, Raw, Row
 from proxy.base.settings import TransportSettings
 from proxy.base.stage import Snapshot
-from proxy.upstream.translate import Dialect, HttpCall
-from proxy.upstream.vectors import gate
+from proxy.upstream.translate import Dialect, HttpCall, RawAnswer
+from proxy.upstream.vectors import arrays, gate
 
 FAIR_TIMES = 5.0
 FAIR_TIME_S = 2.0
 """A deadline that cuts an attempt is the caller's impatience, unless the upstream has had FAIR_TIMES as long as its
 good answers take on average (FAIR_TIME_S while none is known): then it is slow, and its breaker should hear of it."""
 
+TURN_BYTES = 512 * 1024
+"""So much of an answer is read before others get their turn: 25 000 to 45 000 numbers, in 1 to 2 ms."""
+
 _ANSWER_MARGIN_S = 0.02
 """An attempt ends this long before its deadline, so that the caller's answer is out by then."""
+_REQUEST_ID = "X-Request-Id"
 
 
 class Transport:
@@ -50,6 +53,7 @@ class Transport:
         *,
         slots: int,
         keepalive_s: float,
+        first_answer_s: float = 0.0,
         tls: ssl.SSLContext | bool,
         clock: Clock,
         observe: Observer,
@@ -61,6 +65,7 @@ class Transport:
             settings: times and bounds.
             slots: concurrent calls, and so connections.
             keepalive_s: how long an idle connection is reused.
+            first_answer_s: how long the first good answer may take, where a model is loaded for it.
             tls: what to trust and show; see `tls_context()`.
             clock: where time comes from.
             observe: who is told of each attempt.
@@ -70,6 +75,7 @@ class Transport:
         self._settings = settings
         self._slots = slots
         self._keepalive_s = keepalive_s
+        self._first_answer_s = first_answer_s
         self._tls = tls
         self._clock = clock
         self._observe = observe
@@ -102,31 +108,42 @@ class Transport:
         finally:
             seconds = self._clock.now() - start
             self._observe(AttemptFinished(self._name, code, seconds, len(batch.inputs), tokens))
-        return Answer(rows, raw.tokens, self._name, upstream_s=seconds)
+        return Answer(rows, raw.tokens, self._name, upstream_s=seconds, hints=raw.hints)
 
     def _gated(self, vectors: Sequence[Raw], batch: Batch) -> tuple[Row, ...]:
         try:
             return gate(vectors, count=len(batch.inputs), width=batch.width)
         except BadVectors as error:
-            raise BadVectors(f"upstream {self._name!r}: {error.message}") from error
+            raise BadVectors(f"upstream {self._name!r}: {error.message}", index=error.index) from error
 
-    async def _exchanged(self, batch: Batch, start: float) -> Any:
+    async def _exchanged(self, batch: Batch, start: float) -> RawAnswer:
         settings = self._settings
         patience_s = batch.deadline - start - _ANSWER_MARGIN_S
         if patience_s <= 0:
             raise DeadlineExceeded("no time was left to ask the upstream")
-        limit_s = min(settings.attempt_timeout_s, patience_s)
+        is_first = self._typical_s is None  # a server may have to load its model for it
+        attempt_s = max(settings.attempt_timeout_s, self._first_answer_s if is_first else 0.0)
+        limit_s = min(attempt_s, patience_s)
         try:
             async with self._clock.timeout_at(start + limit_s):
                 status, headers, body = await self._sent(self._dialect.call(batch))
         except TimeoutError:
             waited_s = self._clock.now() - start
             message = f"upstream {self._name!r} did not answer within {waited_s:.3g} s"
-            fair_s = FAIR_TIME_S if self._typical_s is None else max(0.1, FAIR_TIMES * self._typical_s)
-            if limit_s < min(settings.attempt_timeout_s, fair_s):
+            first_s = max(FAIR_TIME_S, self._first_answer_s)
+            fair_s = first_s if self._typical_s is None else max(0.1, FAIR_TIMES * self._typical_s)
+            if limit_s < min(attempt_s, fair_s):
                 raise DeadlineExceeded(message) from None
             raise UpstreamTimeout(message) from None
-        return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
+        return await self._answered(batch, status, headers, body)
+
+    async def _answered(self, batch: Batch, status: int, headers: Any, body: bytes) -> RawAnswer:
+        if len(body) <= TURN_BYTES:
+            return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
+        body, rows = await thinned(body)
+        raw = self._dialect.answer(batch, status, headers, body, wall_now=time.time())
+        await asyncio.sleep(0)  # the gate gets a turn of its own
+        return replace(raw, vectors=[_filled(item, rows) for item in raw.vectors]) if rows else raw
 
     async def _sent(self, call: HttpCall) -> tuple[int, Any, bytes]:
         """Send a call, once more where a pooled connection was stale, and give foreign exceptions our names."""
@@ -134,16 +151,15 @@ class Transport:
             if self._is_closed:
                 raise UpstreamFailed(f"upstream {self._name!r} is no longer used")
             pool = self._pool = self._pool or self._opened()
-            trace = SimpleNamespace(is_reused=False)
+            request_id = next(self._ids)
             pool.users += 1
             try:
-                return await self._posted(pool.session, call, trace)
+                return await self._posted(pool.session, call, request_id)
             except aiohttp.ServerTimeoutError as error:
                 connecting_s = self._settings.connect_timeout_s
                 raise UpstreamTimeout(f"upstream {self._name!r}: no connection within {connecting_s:g} s") from error
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                is_stale = trace.is_reused and not isinstance(error, aiohttp.ClientConnectorError)
-                if not is_stale or is_last:
+                if is_last or request_id in pool.connector.fresh:
                     raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
                 self._observe(ConnectionStale(self._name))
                 # Where one is stale, its neighbours are too: after a restart, all of them. A new pool has none.
@@ -152,20 +168,17 @@ class Transport:
             except aiohttp.ClientError as error:
                 raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
             finally:
+                pool.connector.fresh.discard(request_id)
                 pool.users -= 1
                 if pool is not self._pool and not pool.users:
                     await pool.session.close()
         raise AssertionError("the second time either returns or raises")
 
-    async def _posted(
-        self, session: aiohttp.ClientSession, call: HttpCall, trace: SimpleNamespace
-    ) -> tuple[int, Any, bytes]:
-        headers = {**call.headers, "X-Request-Id": next(self._ids)}
+    async def _posted(self, session: aiohttp.ClientSession, call: HttpCall, request_id: str) -> tuple[int, Any, bytes]:
         async with session.post(
             call.url,
             data=call.body,
-            headers=headers,
-            trace_request_ctx=trace,
+            headers={**call.headers, _REQUEST_ID: request_id},
             allow_redirects=False,  # a redirect would carry the key to whoever it names
             proxy=self._settings.http_proxy or None,
         ) as response:
@@ -176,7 +189,8 @@ class Transport:
         bound = self._settings.max_answer_bytes
         chunks: list[bytes] = []
         size = 0
-        async for chunk in response.content.iter_any():
+        content = response.content
+        while chunk := await content.readany():
             chunks.append(chunk)
             size += len(chunk)
             if size > bound:
@@ -185,13 +199,7 @@ class Transport:
 
     def _opened(self) -> _Pool:
         """Open a pool. Not before the first call: it belongs to the loop that runs then."""
-
-        async def reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-            context.trace_request_ctx.is_reused = True
-
-        config = aiohttp.TraceConfig()
-        config.on_connection_reuseconn.append(reused)
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
             limit=self._slots,
             keepalive_timeout=self._keepalive_s,
             ttl_dns_cache=max(1, int(self._settings.dns_ttl_s)),
@@ -200,11 +208,10 @@ class Transport:
         session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, connect=self._settings.connect_timeout_s),
-            trace_configs=[config],
             trust_env=False,  # wiring/config has looked; here it would be read anew for each call, and .netrc too
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return _Pool(session)
+        return _Pool(connector, session)
 
     def snapshot(self) -> Snapshot:
         return {"keepalive_s": self._keepalive_s, "slots": self._slots}
@@ -221,8 +228,59 @@ class Transport:
 class _Pool:
     """Connections to the upstream, and how many calls use them; the last one out of an abandoned pool closes it."""
 
+    connector: _Connector
     session: aiohttp.ClientSession
     users: int = 0
+
+
+class _Connector(aiohttp.TCPConnector):
+    """
+    Tells which requests have a connection of their own making; the others have a reused one, which may be stale.
+
+    aiohttp's TraceConfig tells it too, at 10 µs per call; this costs nothing where a connection is reused. The method
+    is one that aiohttp's own connectors override; should it ever be renamed, every reset looks stale to our tests.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.fresh: set[str] = set()
+        """Ids of requests in flight for which a connection was opened, or was to be."""
+
+    async def _create_connection(self, req: aiohttp.ClientRequest, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
+        self.fresh.update(req.headers.getall(_REQUEST_ID))  # `headers` of the settings may have one of their own
+        return await super()._create_connection(req, traces, timeout)
+
+
+async def thinned(body: bytes) -> tuple[bytes, list[Row]]:
+    """
+    Take the vectors out of a large answer, one by one; `[n]` stays behind in the place of the n-th.
+
+    JSON is read in one go, and orjson keeps the GIL meanwhile, so that a thread would hold the loop as well: 20 MB, 256
+    × 4096 numbers, for 45 ms, and the gate for 15 more. Here others get their turn each 1 to 2 ms; and as one vector's
+    numbers at a time are Python objects, all of it takes 37 ms. Base64 has no arrays, and is read as it is: 256 × 4096
+    numbers in 3 ms.
+    """
+    parts: list[bytes] = []
+    rows: list[Row] = []
+    last = turn = 0
+    try:
+        for start, end, row in arrays(body):
+            parts += (body[last:start], b"[%d]" % len(rows))
+            rows.append(row)
+            last = end
+            if end - turn > TURN_BYTES:
+                turn = end
+                await asyncio.sleep(0)
+    except ValueError:
+        return body, []  # what is wrong with it is told by whoever reads it as a whole
+    return b"".join((*parts, body[last:])), rows
+
+
+def _filled(item: Raw, rows: Sequence[Row]) -> Raw:
+    """Put the row back whose place this is; anything else is left for the gate to judge."""
+    if isinstance(item, list) and len(item) == 1 and type(item[0]) is int:
+        return rows[item[0]]
+    return item
 
 
 def tls_context(settings: TransportSettings) -> ssl.SSLContext | bool:

@@ -20,10 +20,10 @@ from multidict import CIMultiDict
 from proxy.base import errors
 from proxy.base.clock import Clock, MonotonicClock
 from proxy.base.events import AttemptFinished, ConnectionStale, Event
-from proxy.base.messages import Answer, Batch
+from proxy.base.messages import Answer, Batch, RateHints
 from proxy.base.settings import TransportSettings
 from proxy.upstream.translate.openai import PROFILES, OpenAI
-from proxy.upstream.transport import Transport, tls_context
+from proxy.upstream.transport import TURN_BYTES, Transport, thinned, tls_context
 from tests.fakes.clock import HandClock
 from tests.fakes.stage import make_batch
 from tests.fakes.upstream import FakeUpstream, Fault, vector
@@ -57,15 +57,18 @@ class Play:
         clock: Clock | None = None,
         slots: int = 4,
         tls: ssl.SSLContext | bool = True,
+        headers: dict[str, str] | None = None,
+        first_answer_s: float = 0.0,
         **settings: Any,
     ) -> Transport:
         """Make a transport to somewhere, closed with the play."""
         transport = Transport(
             "u",
-            OpenAI("u", PROFILES[profile], base_url=base_url, api_key=KEY, headers={}),
+            OpenAI("u", PROFILES[profile], base_url=base_url, api_key=KEY, headers=headers or {}),
             TransportSettings(**settings),
             slots=slots,
             keepalive_s=30.0,
+            first_answer_s=first_answer_s,
             tls=tls,
             clock=clock or MonotonicClock(),
             observe=self.events.append,
@@ -165,6 +168,15 @@ async def test_answer_out_of_order(play: Play) -> None:
     assert answer.rows == rows("one", "two", "three")
 
 
+async def test_limits_beside_an_answer(play: Play) -> None:
+    """What the upstream says about its limits goes with the rows."""
+    play.upstream.script = [Fault(headers={"X-RateLimit-Limit-Requests": "60"})]
+    stated, silent = await play.transport(soon()), await play.transport(soon())
+
+    assert stated.hints == RateHints(requests_per_minute=60)
+    assert silent.hints is None
+
+
 async def test_success_is_told(play: Play) -> None:
     """The end of an exchange is told once, with its inputs and tokens, and nothing else is."""
     await play.transport(soon())
@@ -240,6 +252,25 @@ async def test_wrong_answer(play: Play, fault: Fault, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fault", "index"),
+    [
+        (with_vectors([1.0] * 8, None), 1),
+        (with_vectors(base64_of(*[0.0] * 8), [1.0] * 8), 0),
+        (with_vectors([1.0] * 7, [1.0] * 7), None),
+        (with_vectors([1.0] * 8), None),
+    ],
+)
+async def test_row_that_is_to_blame(play: Play, fault: Fault, index: int | None) -> None:
+    """Which row is bad is told, where it is a single one, beside the upstream's name."""
+    play.upstream.script = [fault]
+    error = await play.fails(batch=soon(width=8))
+
+    assert isinstance(error, errors.BadVectors)
+    assert error.index == index
+    assert error.message.startswith("upstream 'u': ")
+
+
+@pytest.mark.parametrize(
     ("fault", "error_class", "code"),
     [
         (Fault(body={"error": {"message": "no provider"}}), errors.UpstreamFailed, "upstream_failed"),
@@ -269,6 +300,85 @@ async def test_healthy_again(play: Play) -> None:
 
     assert answer.rows == rows("one", "two")
     assert len(play.upstream.connections) == 1
+
+
+# --- large answers ---
+
+COUNT, WIDTH = 40, 1536
+"""Of which the numbers are 1.3 MB of JSON."""
+
+
+@pytest.mark.parametrize("has_base64", [False, True], ids=["numbers", "base64"])
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "backwards"])
+async def test_large_answer(play: Play, has_base64: bool, order: int) -> None:
+    """What is read in several turns comes out like what is read in one."""
+    texts = tuple(f"text {n}" for n in range(COUNT))
+    async with FakeUpstream(width=WIDTH, has_base64=has_base64) as upstream:
+        upstream.script = [Fault(change=lambda answer: answer | {"data": answer["data"][::order]})]
+        answer = await play.to(upstream.base_url)(soon(texts))
+
+    assert answer.rows == rows(*texts, width=WIDTH)
+    assert answer.tokens == sum(map(len, texts))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (None, "is null"),
+        ([], "is no list of numbers"),
+        ([0.0] * WIDTH, "is all zero"),
+        ([1e39] * WIDTH, "holds NaN or infinity"),
+        ([1.0] * (WIDTH - 1), f"has {WIDTH - 1} numbers instead of {WIDTH}"),
+        ([1.0], f"has 1 numbers instead of {WIDTH}"),
+        ([True] * WIDTH, "holds something that is no number"),
+        ([[1.0] * WIDTH], "holds something that is no number"),
+        ([[7]], "holds something that is no number"),
+        ("not base64!", "is not valid base64"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+@pytest.mark.parametrize("at", [0, COUNT - 1])
+async def test_large_answer_with_a_bad_row(play: Play, bad: Any, words: str, at: int) -> None:
+    """A flaw is told alike however large the answer is in which it stands."""
+    vectors: list[Any] = [[1.0 + n / 7] * WIDTH for n in range(COUNT)]
+    vectors[at] = bad
+    play.upstream.script = [with_vectors(*vectors)]
+    error = await play.fails(batch=soon(tuple("x" * COUNT), width=WIDTH))
+
+    assert isinstance(error, errors.BadVectors)
+    assert (error.index, error.message) == (at, f"upstream 'u': vector {at} {words}")
+
+
+async def test_large_answer_that_is_none(play: Play) -> None:
+    """An answer that is cut off in its numbers, however many there are, is no answer."""
+    play.upstream.script = [Fault(body=b'{"data":[{"index":0,"embedding":[' + b"1.5," * TURN_BYTES)]
+    error = await play.fails()
+
+    assert type(error) is errors.BadVectors
+    assert "200 without a list of embeddings" in error.message
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+async def test_others_get_their_turn(indent: int | None) -> None:
+    """While the vectors are taken out of a large answer, others have the loop after each half megabyte."""
+    vectors = [[n + k / WIDTH for k in range(WIDTH)] for n in range(1, 100)]
+    body = json.dumps({"embeddings": vectors, "model": "m"}, indent=indent).encode()
+    turns = 0
+    reading = asyncio.create_task(thinned(body))
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    left, found = await reading
+
+    assert turns > len(body) / TURN_BYTES * 0.9 > 4
+    assert json.loads(left) == {"embeddings": [[n] for n in range(99)], "model": "m"}
+    assert found == [numpy.array(vector, dtype="<f4").tobytes() for vector in vectors]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"data":["AAAA"]}', b'{"shape":[[1],[2]],"data":[[1,2]]}', b"[[1,2"])
+async def test_nothing_is_taken_out(body: bytes) -> None:
+    """Where there are no arrays of numbers, or others beside them, an answer is left as it is."""
+    assert await thinned(body) == (body, [])
 
 
 # --- broken connections ---
@@ -420,6 +530,36 @@ async def test_connection_breaks_when_it_is_used_again(play: Play) -> None:
     assert len(set(play.request_ids)) == len(play.upstream.seen) == 3
 
 
+async def test_request_id_of_the_settings(play: Play) -> None:
+    """Which connections are fresh is known even where a header of the settings looks like our request id."""
+    transport = play.to(play.upstream.base_url, headers={"x-request-id": "always the same"})
+    play.upstream.script = [Fault(reset=True), Fault(), Fault(reset=True)]
+    error = await play.fails(transport)
+    await transport(soon())
+    answer = await transport(soon())
+
+    assert type(error) is errors.UpstreamFailed
+    assert answer.rows == rows("one", "two")
+    assert play.stale == 1
+    assert len(play.upstream.seen) == 4
+
+
+async def test_stale_connection_beside_one_that_opens(play: Play) -> None:
+    """Of two calls at a time, one on a reused and one on a fresh connection, only the reused one's is sent again."""
+    await play.transport(soon())
+    gate = asyncio.Event()
+    play.upstream.script = [Fault(wait_for=gate, reset=True), Fault(wait_for=gate, reset=True)]
+    calls = [asyncio.create_task(play.transport(soon())) for _ in range(2)]
+    await play.seen(3)
+    gate.set()
+    first, second = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert isinstance(first, Answer)
+    assert isinstance(second, errors.UpstreamFailed)
+    assert play.stale == 1
+    assert len(play.upstream.seen) == 4
+
+
 async def test_all_pooled_connections_are_stale(play: Play) -> None:
     """Where one pooled connection is stale, its neighbours are left alone too: the call goes out on a fresh one."""
     gate = asyncio.Event()
@@ -493,6 +633,27 @@ async def test_upstream_hangs(play: Play) -> None:
     assert not was_done
     assert type(error) is errors.UpstreamTimeout
     assert error.message == "upstream 'u' did not answer within 30 s"
+
+
+async def test_upstream_that_loads_its_model(play: Play) -> None:
+    """The first answer may take longer, since a model is loaded for it; after a good one no attempt may."""
+    clock = HandClock()
+    play.upstream.script = [Fault(hang=True), Fault(), Fault(hang=True)]
+    transport = play.to(play.upstream.base_url, clock=clock, attempt_timeout_s=30.0, first_answer_s=300.0)
+
+    waits = []
+    for _ in range(2):
+        start = clock.now()
+        call = asyncio.create_task(play.fails(transport, make_batch(deadline=start + 1000)))
+        await play.seen()
+        while not call.done():
+            await clock.advance(10.0)
+        waits.append(clock.now() - start)
+        assert type(await call) is errors.UpstreamTimeout
+        if len(waits) == 1:
+            await transport(make_batch(deadline=clock.now() + 100))
+
+    assert waits == [300.0, 30.0]
 
 
 @pytest.mark.parametrize("clock_class", [HandClock, HastyClock])

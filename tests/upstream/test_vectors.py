@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import json
 from typing import Any
 
 import numpy
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.base.errors import BadVectors
-from proxy.upstream.vectors import check_numbers, gate
+from proxy.upstream.vectors import arrays, check_numbers, gate
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,10 +31,14 @@ def row_bytes(*row: float) -> bytes:
     return numpy.array(row, dtype="<f4").tobytes()
 
 
-def flaw_of(raw: Any, *, count: int | None = None, width: int | None = 2) -> str:
+def refusal_of(raw: Any, *, count: int | None = None, width: int | None = 2) -> BadVectors:
     with pytest.raises(BadVectors) as caught:
         gate(raw, count=len(raw) if count is None else count, width=width)
-    return caught.value.message
+    return caught.value
+
+
+def flaw_of(raw: Any, *, count: int | None = None, width: int | None = 2) -> str:
+    return refusal_of(raw, count=count, width=width).message
 
 
 # --- what passes ---
@@ -82,7 +88,7 @@ def test_extreme_row_among_good_ones() -> None:
 # --- what does not ---
 
 
-@pytest.mark.parametrize(("given_count", "wanted"), [(1, 2), (3, 2), (0, 1)])
+@pytest.mark.parametrize(("given_count", "wanted"), [(1, 2), (3, 2), (0, 1), (0, 2)])
 def test_other_count(given_count: int, wanted: int) -> None:
     """There is one vector per input; the message names both counts."""
     message = flaw_of([[1.0, 2.0]] * given_count, count=wanted)
@@ -141,10 +147,46 @@ def test_vector_that_float32_rounds_to_zero(row: list[float]) -> None:
     assert flaw_of([row]) == "vector 0 is all zero"
 
 
-@pytest.mark.parametrize("item", ["AAA", "AA=A", "AAAA AAAA", "AAAA\n", "====", "-_-_", "not base64!"])
+GOOD = spelled(1, 2, 3, 4)
+"""Sixteen bytes, so that two `=` stand at the end."""
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *("A", "AA", "AAA", "AAAAA", GOOD[:-1], GOOD[:-2], GOOD[:-3]),  # padding that is missing
+        *("=", "====", "A===", "AA=A", "=AAA", GOOD + "=", GOOD + "==", GOOD + "====", "AAAA====", "AAAA="),  # too much
+        *(GOOD + GOOD, GOOD + "AAAA", GOOD + "A"),  # data after the end
+        *("AAAA AAAA", " AAAA", "AAAA ", "AAAA\n", "\nAAAA", "AAAA\r\nAAAA", "AAAA\tAAAA", "AA==\n", "AA=\n="),  # space
+        *("-_-_", "AAA-", "AAA_"),  # the alphabet of URLs
+        *("not base64!", "AAA\0", "\0AAA", "AAA.", "AAA,", "AAA$", "AAA\x7f", "AAAA\0"),  # no alphabet at all
+    ],
+    ids=ascii,
+)
 def test_bad_base64(item: str) -> None:
-    """Base64 is read strictly."""
+    """Base64 is read strictly: the one alphabet, right padding, nothing after it and nothing between."""
     assert flaw_of([item], width=None) == "vector 0 is not valid base64"
+
+
+@pytest.mark.parametrize("letter", ["-", "_", " ", "\n", "=", "\0", "!", "é", "Ā"], ids=ascii)
+def test_bad_letter_anywhere(letter: str) -> None:
+    """A bad letter is found wherever it stands in a long vector, whichever way the decoder goes through it."""
+    good = spelled(*range(1, 97))
+    bad = [good[:at] + letter + good[at + 1 :] for at in range(len(good) - 1)]  # at the very end `=` is padding
+
+    assert all(flaw_of([item], width=96) == "vector 0 is not valid base64" for item in bad)
+
+
+@given(item=st.text("Aa9+/=-_ \n\0é", max_size=12))
+@settings(derandomize=True, deadline=None, max_examples=2000)
+def test_base64_is_no_laxer_than_pythons(item: str) -> None:
+    """What `binascii` refuses in strict mode is refused, and what is read is read as it reads it."""
+    try:
+        rows = gate([item, "AACAPw=="], count=2, width=len(item) * 3 // 16 or None)
+    except BadVectors:
+        return
+
+    assert rows[0] == binascii.a2b_base64(item, strict_mode=True)
 
 
 def test_base64_with_letters_of_other_scripts() -> None:
@@ -191,10 +233,151 @@ def test_one_row_per_token() -> None:
     assert "vector 0" in flaw_of([[[1.0, 2.0], [3.0, 4.0]]], width=4)
 
 
+ONE, TWO = [1.0, 2.0], spelled(3, 4)
+BAD = [None, [1.0, NAN], spelled(1, INF), [0.0, 0.0], "not base64!", [1.0, True], [], [1.0, 1e39], [10**400, 1]]
+
+
+@pytest.mark.parametrize("width", [None, 2])
+@pytest.mark.parametrize("bad", [*BAD, [1.0], [1.0, 2.0, 3.0], spelled(5), "AAAA", ""], ids=str)
+def test_row_that_is_to_blame(bad: Any, width: int | None) -> None:
+    """One bad row among good ones is singled out, wherever it stands: the others may be asked for without it."""
+    for at in range(3):
+        raw = [ONE, TWO]
+        raw.insert(at, bad)
+        error = refusal_of(raw, width=width)
+
+        assert error.index == at
+        assert error.message.startswith(f"vector {at} ")
+
+
+def test_first_of_several_bad_rows() -> None:
+    """Of several bad rows the first is singled out, whatever their flaws are."""
+    error = refusal_of([ONE, [1.0], None, TWO, [0.0, 0.0]])
+
+    assert (error.index, error.message) == (1, "vector 1 has 1 numbers instead of 2")
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_only_row(bad: Any) -> None:
+    """Where a batch is one input, its bad row is that input's."""
+    assert refusal_of([bad]).index == 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "width"),
+    [
+        ([[1.0, 2.0, 3.0]], 2),
+        ([[1.0, 2.0, 3.0], spelled(1, 2, 3)], 2),
+        ([[1.0], [1.0, 2.0, 3.0]], 2),
+        ([None, None], 2),
+        ([None, [NAN, 1.0], [0.0, 0.0], [1.0]], 2),
+        ([[0.0, 0.0], [0.0, 0.0]], None),
+        ([None, None], None),
+    ],
+    ids=str,
+)
+def test_nobody_is_to_blame(raw: Any, width: int | None) -> None:
+    """Where no row is good, or all have another width, it is no input's doing."""
+    assert refusal_of(raw, width=width).index is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_wrong_count_is_no_rows_fault(count: int) -> None:
+    """Where rows are missing or too many, none of them is singled out."""
+    assert refusal_of([ONE, None], count=count).index is None
+
+
+def test_width_of_most_rows() -> None:
+    """Where nobody knows the width, the row that differs from the others is the bad one, even if it is the first."""
+    error = refusal_of([[1.0], ONE, TWO], width=None)
+
+    assert (error.index, error.message) == (0, "vector 0 has 1 numbers instead of 2")
+
+
 def test_message_shows_no_number() -> None:
     """Messages end in logs, and name places only."""
     for raw in ([[0.123456, NAN]], [[0.123456, "x"]], [[0.123456]]):
         assert "0.123" not in flaw_of(raw)
+
+
+# --- vectors taken out of an answer before it is read ---
+
+
+def without_arrays(body: bytes) -> tuple[bytes, list[bytes]]:
+    """Return what is left of an answer, with `[]` in each vector's place, and the vectors."""
+    left, rows, last = b"", [], 0
+    for start, end, row in arrays(body):
+        left += body[last:start] + b"[]"
+        rows.append(row)
+        last = end
+    return left + body[last:], rows
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda rows: rows,
+        lambda rows: {"embeddings": rows, "model": "m", "n": 3},
+        lambda rows: {"object": "list", "data": [{"embedding": row, "index": i} for i, row in enumerate(rows)]},
+        lambda rows: {"model": "m", "data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]},
+    ],
+    ids=["tei", "ollama", "openai", "index first"],
+)
+@given(matrix=matrices)
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_arrays_of_each_dialect(spell: Any, indent: int | None, matrix: list[list[float]]) -> None:
+    """All vectors of an answer are found, and what is left is the answer without them."""
+    left, rows = without_arrays(json.dumps(spell(matrix), indent=indent).encode())
+
+    assert rows == [row_bytes(*row) for row in matrix]
+    assert json.loads(left) == spell([[]] * len(matrix))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"null", b"{}", b'{"error":"no"}', b'{"data":[]}', b'{"data":["AAAA"]}', b"]", b"]]"]
+)
+def test_answer_without_arrays(body: bytes) -> None:
+    """Where there are no arrays of numbers, base64 above all, nothing is taken out."""
+    assert without_arrays(body) == (body, [])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[[],[1,2]]",
+        b"[[null],[1,2]]",
+        b'[["x"],[1,2]]',
+        b"[[1,true]]",
+        b"[[1,NaN]]",
+        b"[[1,2,]]",
+        b"[[1 2]]",
+        b"[[01]]",
+        b"[[1e400]]",
+        b"[[[1,2],[3,4]],[[1,2],[3,4]]]",
+        b'{"shape":[[1],[2]],"data":[[1,2]]}',
+        b'{"names":["a","b"],"data":[[1,2]]}',
+        b'{"note":"a ] b","data":[[1,2]]}',
+        b'{"data":[[1,2]],"note":"[x]"}',
+    ],
+    ids=lambda body: body.decode(),
+)
+def test_arrays_of_something_else(body: bytes) -> None:
+    """Brackets around anything but a vector, and the answer is better read as a whole."""
+    with pytest.raises(ValueError):
+        without_arrays(body)
+
+
+@pytest.mark.parametrize("last", ["[]", "[null]", '["x"]', "null", '"AAAA"', "{}"])
+def test_last_one_is_no_array_of_numbers(last: str) -> None:
+    """What stands behind the last vector is left for the gate."""
+    assert without_arrays(f"[[1,2],{last}]".encode()) == (f"[[],{last}]".encode(), [row_bytes(1, 2)])
+
+
+def test_row_that_has_been_read_before() -> None:
+    """The gate takes rows, too, and looks at them like at all others."""
+    assert gate([row_bytes(1, 2), TWO], count=2, width=2) == (row_bytes(1, 2), row_bytes(3, 4))
+    assert flaw_of([row_bytes(1, 2), row_bytes(1, NAN)]) == "vector 1 holds NaN or infinity"
 
 
 # --- matrices of the embedded model ---
@@ -202,6 +385,7 @@ def test_message_shows_no_number() -> None:
 
 def test_matrix_of_good_rows() -> None:
     """A good matrix passes in silence."""
+    check_numbers(numpy.array([[1, 0], [0, -1]], dtype="<f4"))
     check_numbers(numpy.array([[1, 0], [1e30, 1e30], [1e-30, 0]], dtype="<f4"))
 
 
