@@ -22,7 +22,7 @@ import contextlib
 import pybreaker
 
 from proxy.base.clock import Clock
-from proxy.base.errors import BadVectors, CircuitOpen, UpstreamFailed, UpstreamTimeout
+from proxy.base.errors import BadVectors, UpstreamFailed, UpstreamTimeout
 from proxy.base.events import BreakerMoved, Observer
 from proxy.base.messages import Answer, Batch
 from proxy.base.settings import CircuitSettings
@@ -30,9 +30,6 @@ from proxy.base.stage import Snapshot, Stage
 
 FAILURES = (UpstreamFailed, UpstreamTimeout, BadVectors)
 """What speaks against an upstream's health. Rate limits and refusals do not: it answered."""
-
-PROBE_LEASE_S = 60.0
-"""A probe that has not come back by then is no longer waited for."""
 
 
 class Circuit:
@@ -49,56 +46,76 @@ class Circuit:
         self._generation = 0
         self._opened_at = 0.0
         self._probe_until: float | None = None
+        self._has_failures = False
+        self._state = pybreaker.STATE_CLOSED
+        """What the breaker was last seen in; asking pybreaker itself takes a lock and a microsecond."""
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=settings.failures, throw_new_error_on_trip=False, listeners=[_Listener(self)]
         )
 
-    async def __call__(self, batch: Batch) -> Answer:
-        """
-        Raises:
-            CircuitOpen: at once, while the upstream is left alone.
-        """
-        generation, lease = self._enter(self._clock.now())
-        try:
-            answer = await self._inner(batch)
-        except FAILURES as error:
-            self._verdict(generation, error)
-            raise
-        else:
-            self._verdict(generation, None)
-            return answer
-        finally:
-            if lease is not None and self._probe_until == lease:
-                self._probe_until = None
+    # --- asked before a call ---
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everything passes."""
+        return bool(self._state == pybreaker.STATE_CLOSED)
 
     def wait_s(self, now: float) -> float:
         """Return how long it will still refuse; zero when a call may pass."""
-        state = self._breaker.current_state
-        if state == pybreaker.STATE_OPEN:
+        if self._state == pybreaker.STATE_CLOSED:
+            return 0.0
+        if self._state == pybreaker.STATE_OPEN:
             return max(0.0, self._opened_at + self._settings.open_s - now)
-        if state == pybreaker.STATE_HALF_OPEN and self._probe_until is not None:
+        if self._probe_until is not None:
             return max(0.0, min(self._probe_until - now, self._settings.open_s))
         return 0.0
 
-    def _enter(self, now: float) -> tuple[int, float | None]:
-        """Let a call pass or refuse it; half-open hands out the lease of the probe."""
-        if (wait := self.wait_s(now)) > 0:
-            raise CircuitOpen(f"upstream {self._name!r} has failed repeatedly and is left alone", retry_after_s=wait)
-        if self._breaker.current_state == pybreaker.STATE_CLOSED:
-            return self._generation, None
-        if self._breaker.current_state == pybreaker.STATE_OPEN:
+    def enter(self, now: float) -> tuple[int, bool]:
+        """
+        Let a call pass; only asked when `wait_s()` is zero.
+
+        Returns:
+            The generation that its verdict will be of, and whether it is the probe, which has to be given back.
+        """
+        if self._state == pybreaker.STATE_CLOSED:
+            return self._generation, False
+        if self._state == pybreaker.STATE_OPEN:
             self._breaker.half_open()
-        self._probe_until = now + PROBE_LEASE_S
-        return self._generation, self._probe_until
+        self._generation += 1  # of two probes, the second one sent since the first was too late, only that one counts
+        self._probe_until = now + self._settings.probe_s
+        return self._generation, True
+
+    def give_back(self, generation: int) -> None:
+        """Take a probe back, whatever became of it; one of an older generation is not waited for any more."""
+        if generation == self._generation:
+            self._probe_until = None
+
+    # --- the stage ---
+
+    async def __call__(self, batch: Batch) -> Answer:
+        assert batch.lease is not None
+        try:
+            answer = await self._inner(batch)
+        except FAILURES as error:
+            # What is sent to find the one input to blame is expected to fail: it says nothing of the upstream's health.
+            if not (batch.is_suspect and error.may_be_poison):
+                self._verdict(batch.lease.generation, error)
+            raise
+        self._verdict(batch.lease.generation, None)
+        return answer
 
     def _verdict(self, generation: int, error: BaseException | None) -> None:
         if generation != self._generation:
             return
+        if error is None and self._state == pybreaker.STATE_CLOSED and not self._has_failures:
+            return  # nothing would change
+        self._has_failures = error is not None
         with contextlib.suppress(*FAILURES):  # ours, played back to us
             self._breaker.call(_play, error)
 
     def _moved(self, old: str, new: str) -> None:
         self._generation += 1
+        self._state = new
         self._probe_until = None
         if new == pybreaker.STATE_OPEN:
             self._opened_at = self._clock.now()
@@ -106,7 +123,7 @@ class Circuit:
 
     def snapshot(self) -> Snapshot:
         return {
-            "state": self._breaker.current_state,
+            "state": self._state,
             "failures": self._breaker.fail_counter,
             "max_failures": self._settings.failures,
             "wait_s": round(self.wait_s(self._clock.now()), 3),
