@@ -23,11 +23,12 @@ from proxy.base.stage import Snapshot, Stage
 class _Flight:
     """One call of the next stage, for some keys, and how many requests wait for it."""
 
-    __slots__ = ("deadline", "rows", "task", "waiters")
+    __slots__ = ("deadline", "progress", "rows", "task", "waiters")
 
     def __init__(self, task: asyncio.Task[Response], request: Request) -> None:
         self.task = task
         self.deadline = request.deadline
+        self.progress = request.progress
         self.rows = {key: index for index, key in enumerate(request.keys)}
         self.waiters = 0
 
@@ -66,18 +67,25 @@ class Coalesce:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in rows]:
             own, joined = self._board(request, missing, is_first=is_first)
             is_first = False
-            await self._landed(own, set(joined.values()))
+            try:
+                await self._landed(own, set(joined.values()))
+            finally:
+                if request.progress.left_at is None:  # what it followed may have left for an upstream
+                    left = [f.progress.left_at for f in joined.values() if f.progress.left_at is not None]
+                    request.progress.left_at = min(left, default=None)
             if own:
                 part = own.task.result()  # raises what befell our own call
+                if len(own.rows) == len(request.keys):
+                    return part  # the usual case: nobody else was after any of it
                 response = _added(response, part)
                 rows.update(zip(own.rows, part.rows, strict=True))
             for key, flight in joined.items():
                 error = _failure(flight.task)
                 if error is None:
                     rows[key] = flight.row(key)
-                elif getattr(error, "key", None) == key:
+                elif (culprit := getattr(error, "key", None)) == key:
                     raise error  # this very input was refused: it would only be refused again
-                elif not is_leaders_own(error, is_more_patient=request.deadline > flight.deadline):
+                elif culprit is None and not is_leaders_own(error, is_more_patient=request.deadline > flight.deadline):
                     raise error
         return replace(response, rows=tuple(rows[key] for key in request.keys))
 
@@ -118,6 +126,9 @@ class Coalesce:
         for flight in flights:
             flight.waiters += 1
         try:
+            if len(flights) == 1:
+                await _over(next(iter(flights)).task)
+                return
             pending = {flight.task for flight in flights}
             while pending and not (own and own.task.done() and _failure(own.task)):
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -138,6 +149,21 @@ class Coalesce:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._inner.aclose()
+
+
+async def _over(task: asyncio.Task[Response]) -> None:
+    """Wait until a task is over, one way or the other; who is cancelled here leaves the task alone."""
+    waiter = asyncio.get_running_loop().create_future()
+
+    def wake(_: asyncio.Task[Response]) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    task.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        task.remove_done_callback(wake)
 
 
 def _failure(task: asyncio.Task[Response]) -> BaseException | None:

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from proxy.base.clock import MonotonicClock
-from proxy.base.errors import DeadlineExceeded, EmbeddingError, Overloaded, UpstreamFailed
-from proxy.base.messages import Response
+from proxy.base.errors import DeadlineExceeded, EmbeddingError, Overloaded, QueueTimeout, UpstreamFailed
+from proxy.base.messages import Request, Response
 from proxy.base.settings import AdmissionSettings
 from proxy.funnel.admission import Admission, refusal
 from tests.fakes.clock import HandClock, settle
@@ -95,6 +95,17 @@ async def test_flood() -> None:
     assert admission.snapshot() == EMPTY | {"shed_requests": 1}
 
 
+@pytest.mark.parametrize(("drain_s", "retry_after_s"), [(0.0, 2.5), (2.6, 2.6), (60.0, 60.0)])
+async def test_when_to_come_back(drain_s: float, retry_after_s: float) -> None:
+    """A refused caller is told how long it takes until what is inside has left, where that is known."""
+    admission = Admission(BOUNDS, ScriptedStage(), drain_s=lambda: drain_s, clock=HandClock())
+
+    with pytest.raises(Overloaded) as caught:
+        await admission(make_request(("a",) * 11))
+
+    assert caught.value.retry_after_s == retry_after_s
+
+
 async def test_place_that_becomes_free() -> None:
     """What was refused comes in as soon as somebody has left."""
     inner = ScriptedStage()
@@ -155,20 +166,57 @@ async def test_request_just_before_its_deadline() -> None:
     assert (await task).tokens == 7
 
 
+async def at_its_deadline(
+    admission: Admission, clock: HandClock, inner: ScriptedStage, request: Request
+) -> EmbeddingError:
+    """Let a request come to its deadline; returns the error that it gets."""
+    task = asyncio.create_task(admission(request))
+    call = await inner.next()
+    await clock.advance(request.deadline - clock.now())
+
+    assert task.done()
+    assert call.was_cancelled
+    assert admission.snapshot() == EMPTY
+    error = task.exception()
+    assert isinstance(error, EmbeddingError)
+    return error
+
+
 async def test_request_at_its_deadline() -> None:
     """At the deadline the caller has its answer, the work behind is cancelled, and nothing stays counted."""
     clock, inner = HandClock(), ScriptedStage()
     admission = Admission(BOUNDS, inner, clock=clock)
-    task = asyncio.create_task(admission(make_request(now=clock.now(), deadline=clock.now() + 2.5)))
-    call = await inner.next()
-    await clock.advance(2.5)
+    request = make_request(now=clock.now(), deadline=clock.now() + 2.5)
+    request.progress.left_at = clock.now()
 
-    with pytest.raises(DeadlineExceeded) as caught:
-        await task
+    error = await at_its_deadline(admission, clock, inner, request)
 
-    assert caught.value.message == "not answered within 2.5 s; X-Request-Timeout-Ms sets another deadline"
-    assert call.was_cancelled
-    assert admission.snapshot() == EMPTY
+    assert type(error) is DeadlineExceeded
+    assert error.message == "not answered within 2.5 s; X-Request-Timeout-Ms sets another deadline"
+    assert error.retry_after_s is None
+
+
+@pytest.mark.parametrize(("drain_s", "retry_after_s"), [(0.0, 2.5), (2.4, 2.5), (7.0, 7.0)])
+async def test_request_at_its_deadline_in_our_own_queue(drain_s: float, retry_after_s: float) -> None:
+    """Who was never sent is told so, and when to come back: when what waits has left."""
+    clock, inner = HandClock(), ScriptedStage()
+    admission = Admission(BOUNDS, inner, drain_s=lambda: drain_s, clock=clock)
+
+    error = await at_its_deadline(admission, clock, inner, make_request(now=clock.now()))
+
+    assert type(error) is QueueTimeout
+    assert error.message == "still in our queue after 10 s, no upstream has seen it"
+    assert error.retry_after_s == retry_after_s
+
+
+async def test_part_of_a_request_that_has_left() -> None:
+    """What a later stage notes on a part of the request counts for the whole."""
+    clock, inner = HandClock(), ScriptedStage()
+    admission = Admission(BOUNDS, inner, clock=clock)
+    request = make_request(("a", "b"), now=clock.now())
+    request.part([1]).progress.left_at = clock.now()
+
+    assert type(await at_its_deadline(admission, clock, inner, request)) is DeadlineExceeded
 
 
 @pytest.mark.parametrize("clock", [HandClock(), MonotonicClock()], ids=["by hand", "real"])
@@ -177,7 +225,7 @@ async def test_request_that_comes_too_late(clock: HandClock | MonotonicClock) ->
     inner = ScriptedStage()
     admission = Admission(BOUNDS, inner, clock=clock)
 
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(QueueTimeout):
         await admission(make_request(now=clock.now() - 10, deadline=clock.now()))
 
     assert all(call.was_cancelled for call in inner.calls)
@@ -194,7 +242,7 @@ async def test_deadlines_of_two_requests() -> None:
     call = await inner.next()
     await clock.advance(59)
 
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(QueueTimeout):
         await hasty
     inside = admission.snapshot()
     call.answer(Response((), tokens=1))

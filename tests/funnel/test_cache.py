@@ -130,6 +130,17 @@ def test_store_that_shrinks_to_nothing() -> None:
     assert store.snapshot() == {"entries": 0, "bytes": 0, "max_bytes": 0, "evicted_entries": 1}
 
 
+def test_store_that_is_cleared() -> None:
+    """A store that is cleared knows nothing and has all its room."""
+    store = CacheStore(MIB)
+    store.put(b"a", ROW)
+
+    store.clear()
+
+    assert store.get(b"a") is None
+    assert store.snapshot() == {"entries": 0, "bytes": 0, "max_bytes": MIB, "evicted_entries": 0}
+
+
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d"])
 STEPS = st.one_of(
     st.tuples(st.just("get"), KEYS, st.just(0)),
@@ -302,6 +313,62 @@ async def test_rows_that_leave_while_their_request_waits() -> None:
 
     assert response.rows == rows_of(("a", "b", "c"))
     assert room.store.snapshot()["entries"] == 1
+
+
+async def test_answers_on_their_way_when_the_space_ends() -> None:
+    """A detached cache answers from what is known, but keeps nothing: what still comes is of a space that has ended."""
+    room = Room()
+    room.knows("a")
+    room.cache.detach()
+
+    response = await room.cache(make_request(("a", "b")))
+
+    assert response.rows == rows_of(("a", "b"))
+    assert room.store.snapshot()["entries"] == 1
+
+
+# --- what is known at once ---
+
+
+def test_request_whose_inputs_are_all_known() -> None:
+    """Where all is known the answer is there without waiting, as the stage itself would give it."""
+    room = Room()
+    room.knows("a", "b")
+
+    assert room.cache.known(make_request(("b", "a", "b"))) == Response(rows_of(("b", "a", "b")), tokens=0, hits=3)
+    assert room.told == [CacheLookedUp("m", hits=3, misses=0)]
+    assert room.asked == []
+
+
+def test_request_with_an_unknown_input() -> None:
+    """Where one input is not known there is no answer yet, and nothing is told: the stage will be asked."""
+    room = Room()
+    room.knows("a")
+
+    assert room.cache.known(make_request(("a", "b"))) is None
+    assert room.told == []
+    assert room.asked == []
+
+
+def test_known_inputs_that_are_not_wanted() -> None:
+    """Who asks for everything anew gets nothing at once; nor does anybody where the cache is off."""
+    room, off = Room(), Room(max_bytes=0)
+    room.knows("a")
+
+    assert room.cache.known(make_request(("a",), no_cache=True)) is None
+    assert off.cache.known(make_request(("a",))) is None
+    assert room.told == off.told == []
+
+
+def test_known_input_is_used() -> None:
+    """An answer at once counts as a use: what was asked for lately stays."""
+    room = Room(max_bytes=2 * (len(rows_of(("a",))[0]) + ENTRY_BYTES))
+    room.knows("a", "b")
+    room.cache.known(make_request(("a",)))
+    room.knows("c")
+
+    assert room.cache.known(make_request(("a",))) is not None
+    assert room.cache.known(make_request(("b",))) is None
 
 
 TEXTS = st.sampled_from(["a", "b", "c", "d", "e"])

@@ -613,6 +613,119 @@ async def test_joined_flight_that_fails_beside_an_own_one() -> None:
     assert room.stage.snapshot() == LANDED
 
 
+async def test_follower_of_a_refused_input_shares_the_refusal() -> None:
+    """Where the input itself was refused, its followers hear so at once: asking again would only repeat it."""
+    room = Room()
+    leader, [call] = await room.asks("poison", calls=1)
+    follower, _ = await room.asks("poison", calls=0)
+    error = UpstreamRefused("no", status=400)
+    error.key = call.message.keys[0]
+
+    call.fail(error)
+    await asyncio.wait({leader, follower})
+
+    assert leader.exception() is follower.exception() is error
+    assert len(room.inner.calls) == 1
+
+
+@pytest.mark.parametrize("kind", [BadVectors, UpstreamFailed])
+async def test_follower_of_an_innocent_input(kind: type[EmbeddingError]) -> None:
+    """Where another input of the leader is to blame, its followers' texts are innocent: they are asked for again."""
+    room = Room()
+    leader, [call] = await room.asks("poison", "a", calls=1)
+    follower, _ = await room.asks("a", calls=0)
+    error = kind("one of them")
+    error.key = call.message.keys[0]
+
+    call.fail(error)
+    await settle()
+    for again in room.inner.calls[1:]:
+        answer(again)
+    await asyncio.wait({leader, follower})
+
+    assert leader.exception() is error
+    assert follower.exception() is None
+    assert follower.result().rows == rows_of(("a",))
+
+
+# --- how far it has come ---
+
+
+async def test_own_flight_that_has_left() -> None:
+    """What is noted on a request's own flight counts for the request: it is the same one, or a part of it."""
+    room = Room()
+    leader, [call] = await room.asks("a", calls=1)
+    request = make_request(("a", "b"))
+    task = asyncio.create_task(room.stage(request))
+    await settle()
+    call.message.progress.left_at = 1001.0
+    waits = request.progress.left_at
+    room.inner.calls[1].message.progress.left_at = 1003.0
+
+    for call in room.inner.calls:
+        answer(call)
+    await asyncio.gather(leader, task)
+
+    assert waits is None
+    assert request.progress.left_at == 1003.0
+
+
+@pytest.mark.parametrize(
+    ("leaders", "follower"),
+    [((None, None), None), ((1002.0, None), 1002.0), ((1007.0, 1002.0), 1002.0)],
+    ids=["none has", "one has", "both have"],
+)
+async def test_follower_of_flights_that_have_left(leaders: tuple[float | None, ...], follower: float | None) -> None:
+    """When a follower's time is over, it knows whether any of what it followed had left for an upstream."""
+    room = Room()
+    flying = [await room.asks(text, calls=1) for text in "ab"]
+    request = make_request(("a", "b"))
+    task = asyncio.create_task(room.stage(request))
+    await settle()
+    for (_, [call]), left_at in zip(flying, leaders, strict=True):
+        call.message.progress.left_at = left_at
+
+    await left(task)
+
+    assert request.progress.left_at == follower
+    for leader, _ in flying:
+        await left(leader)
+
+
+async def test_follower_that_has_left_before_its_leader() -> None:
+    """What a request has noted itself stays, whatever it follows."""
+    room = Room()
+    leader, [call] = await room.asks("a", calls=1)
+    request = make_request(("a", "b"))
+    task = asyncio.create_task(room.stage(request))
+    await settle()
+    request.progress.left_at, call.message.progress.left_at = 1005.0, 1001.0
+
+    await left(task)
+    await left(leader)
+
+    assert request.progress.left_at == 1005.0
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("inputs", [("a",), ("a", "b"), ("b",)], ids=["follows", "follows and flies", "flies"])
+async def test_caller_that_leaves_while_its_flight_lands(inputs: tuple[str, ...], turns: int) -> None:
+    """In whichever turn of a landing a caller leaves, the others have their rows, and nothing is left."""
+    room = Room()
+    leader, _ = await room.asks("a", calls=1)
+    task = asyncio.create_task(room.stage(make_request(inputs)))
+    await settle()
+    for call in room.inner.calls:
+        answer(call)
+    await settle(turns)
+    task.cancel()
+    await settle()
+
+    assert (await leader).rows == rows_of(("a",))
+    assert task.cancelled() or task.result().rows == rows_of(inputs)
+    assert room.stage.snapshot() == LANDED
+
+
 # --- the end ---
 
 
@@ -725,18 +838,3 @@ async def test_any_history_of_requests(steps: list[tuple[str, Any]]) -> None:
             assert isinstance(error, InvalidRequest | UpstreamFailed | None)
             assert not isinstance(error, InvalidRequest) or error.message == f"r{index}"
             assert error or task.result().rows == rows_of(inputs)
-
-
-async def test_follower_of_a_refused_input_shares_the_refusal() -> None:
-    """Where the input itself was refused, its followers hear so at once: asking again would only repeat it."""
-    room = Room()
-    leader, [call] = await room.asks("poison", calls=1)
-    follower, _ = await room.asks("poison", calls=0)
-    error = UpstreamRefused("no", status=400)
-    error.key = call.message.keys[0]
-
-    call.fail(error)
-    await asyncio.wait({leader, follower})
-
-    assert leader.exception() is follower.exception() is error
-    assert len(room.inner.calls) == 1

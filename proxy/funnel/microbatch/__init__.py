@@ -1,0 +1,103 @@
+"""
+Requests → batches, and back. The only place where the currency changes.
+
+Late binding: inputs wait here, not in front of a slot, and a batch is composed at the moment when it can leave. So at
+low load an input leaves at once, at high load batches fill by themselves, an interactive query that came a moment ago
+still goes first, and a limit per minute makes batches fuller instead of making callers fail. `lanes` says whose turn
+it is, `portion` how much leaves and when, `estimate` what it weighs, `suspect` what travels alone; `sender` sends, and
+`part` puts the answers together by position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+
+from proxy.base.clock import Clock
+from proxy.base.errors import WouldBeLate
+from proxy.base.events import Observer
+from proxy.base.lease import Leases
+from proxy.base.messages import Answer, Batch, Request, Response
+from proxy.base.settings import MicroBatchSettings
+from proxy.base.stage import Snapshot, Stage
+from proxy.funnel.microbatch.part import Part
+from proxy.funnel.microbatch.sender import Sender
+
+
+def lateness(expected_s: float, left_s: float) -> WouldBeLate | None:
+    """
+    Say whether a request should be refused now, since it would only be late later.
+
+    Args:
+        expected_s: time until its last input is done, as what waits ahead of it leaves at present.
+        left_s: time until its deadline.
+    """
+    if expected_s <= left_s:
+        return None
+    return WouldBeLate(
+        f"what waits ahead takes about {expected_s:.3g} s, and the deadline leaves {max(0.0, left_s):.3g} s",
+        retry_after_s=expected_s - max(0.0, left_s),
+    )
+
+
+class MicroBatch:
+    """Lets each request wait at its model's sender until its rows are there."""
+
+    def __init__(
+        self,
+        settings: MicroBatchSettings,
+        inner: Stage[Batch, Answer],
+        *,
+        leases: Leases,
+        may_retry: Callable[[], bool],
+        clock: Clock,
+        observe: Observer,
+    ) -> None:
+        """See `Sender`."""
+        self._inner = inner
+        self._clock = clock
+        self._senders: dict[str, Sender] = {}
+        self._sender = functools.partial(
+            Sender,
+            settings=settings,
+            inner=inner,
+            leases=leases,
+            may_retry=may_retry,
+            clock=clock,
+            observe=observe,
+        )
+
+    async def __call__(self, request: Request) -> Response:
+        """
+        Raises:
+            WouldBeLate: at once, when what waits ahead takes longer than the deadline allows.
+            EmbeddingError: what befell the batch that carried one of the inputs.
+        """
+        spec = request.spec
+        sender = self._senders.get(spec.model)
+        if sender is None:
+            sender = self._senders[spec.model] = self._sender(spec.model)
+        costs = sender.costs(request.sizes, is_tokens=spec.is_tokens)
+        expected_s = sender.expected_s(request.caller, request.priority, sum(costs))
+        if expected_s and (error := lateness(expected_s, request.deadline - self._clock.now())):
+            raise error
+        part = Part(request, costs, asyncio.get_running_loop().create_future())
+        sender.add(part)
+        try:
+            return await part.future
+        finally:
+            if part.missing:
+                sender.forget(part)
+
+    def expected_s(self) -> float:
+        """Say how long it takes until all that waits is done: what a caller is told who finds the house full."""
+        return max((sender.backlog_s() for sender in self._senders.values()), default=0.0)
+
+    def snapshot(self) -> Snapshot:
+        return {model: sender.snapshot() for model, sender in self._senders.items()}
+
+    async def aclose(self) -> None:
+        for sender in self._senders.values():
+            await sender.aclose()
+        await self._inner.aclose()
