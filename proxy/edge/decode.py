@@ -8,11 +8,11 @@ that was sent.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -33,8 +33,7 @@ _MAX_PARAMS_BYTES = 65_536
 """Parameters are words and numbers; they are no place for texts, which are counted and bounded as inputs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A request and what only the edge needs to know of it."""
 
     request: Request
@@ -53,6 +52,8 @@ def content_type(value: str, encoding: str) -> None:
     Raises:
         WrongContentType: the headers are missing or say something else.
     """
+    if value == "application/json" and not encoding:
+        return
     if encoding.strip().lower() not in ("", "identity"):
         raise WrongContentType(f"content encoding {shown(encoding)} is not supported; send the body as it is")
     kind = value.partition(";")[0].strip().lower()
@@ -95,23 +96,27 @@ def decode(
     name, model = catalogue.resolve(asked_model)
     inputs, is_tokens = _inputs(fields.get("input"), model, settings.max_inputs)
     inputs, truncated = _fitted(inputs, model, is_tokens=is_tokens)
-    total_bytes = sum(map(size_bytes, inputs))
+    sizes = tuple([size_bytes(item) if type(item) is not str or not item.isascii() else len(item) for item in inputs])
+    total_bytes = sum(sizes)
     priority = _priority(headers, inputs, total_bytes, settings)
-    spec = Spec(name, _dimensions(fields.get("dimensions"), name, catalogue), _params(fields), is_tokens)
-    space = fingerprint(model.space or model.upstream_model or name, spec)
+    dimensions = _dimensions(fields["dimensions"], name, catalogue) if "dimensions" in fields else None
+    known_space = model.space or model.upstream_model or name
+    spec, space = _spec(known_space, name, dimensions, _params(fields), is_tokens=is_tokens)
     cache_control = headers.get("Cache-Control", "").lower()
+    client = _client(headers)
     request = Request(
         id=request_id,
         spec=spec,
         inputs=inputs,
         keys=keys(space, inputs),
         space=space,
+        sizes=sizes,
         size_bytes=total_bytes,
         priority=priority,
-        caller="/".join(filter(None, (caller, _client(headers)))),
+        caller=f"{caller}/{client}" if caller and client else client or caller,
         arrived=now,
         deadline=now + _timeout_s(headers, settings, priority),
-        user=_user(fields.get("user")),
+        user=_user(fields["user"]) if "user" in fields else None,
         no_cache="no-cache" in cache_control or "no-store" in cache_control,
         no_store="no-store" in cache_control,
         traceparent=_traceparent(headers),
@@ -121,8 +126,8 @@ def decode(
 
 def request_id(headers: Mapping[str, str]) -> str | None:
     """Return the caller's own id of the request where it is fit for a header and a log line, else None."""
-    value = headers.get("X-Request-Id", "")
-    return value if _REQUEST_ID.fullmatch(value) else None
+    value = headers.get("X-Request-Id")
+    return value if value and _REQUEST_ID.fullmatch(value) else None
 
 
 def stated_timeout_s(headers: Mapping[str, str], settings: RequestSettings) -> float | None:
@@ -154,8 +159,10 @@ def _fields(body: bytes) -> dict[str, Any]:
         raise InvalidRequest(_why_no_json(body, error), code="invalid_json") from error
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body is {_kind(fields)}, not a JSON object", code="invalid_json")
-    # Some clients spell "not given" as null; no upstream has to learn that.
-    return {key: value for key, value in fields.items() if value is not None}
+    if None in fields.values():
+        # Some clients spell "not given" as null; no upstream has to learn that.
+        return {key: value for key, value in fields.items() if value is not None}
+    return fields
 
 
 def _why_no_json(body: bytes, error: orjson.JSONDecodeError) -> str:
@@ -177,8 +184,8 @@ def _model(value: Any) -> str | None:
     return value
 
 
-def _user(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
+def _user(value: Any) -> str:
+    if not isinstance(value, str):
         _refuse("user", f"'user' is {_kind(value)}, not a string")
     return value
 
@@ -195,8 +202,6 @@ def _is_base64(value: Any) -> bool:
 
 
 def _dimensions(value: Any, name: str, catalogue: Catalogue) -> int | None:
-    if value is None:
-        return None
     if type(value) is not int or value < 1:
         _refuse("dimensions", f"'dimensions' is {_kind(value)}, not a whole number above 0", code="invalid_dimensions")
     allowed = catalogue.widths(name)
@@ -224,6 +229,21 @@ def _params(fields: dict[str, Any]) -> bytes:
     return params
 
 
+def _spec(space: str, name: str, dimensions: int | None, params: bytes, *, is_tokens: bool) -> tuple[Spec, str]:
+    """Say how inputs are to be embedded, and name the space of such vectors."""
+    if params == b"{}":
+        return _usual_spec(space, name, dimensions, is_tokens)
+    spec = Spec(name, dimensions, params, is_tokens)
+    return spec, fingerprint(space, spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def _usual_spec(space: str, name: str, dimensions: int | None, is_tokens: bool) -> tuple[Spec, str]:
+    """The usual ones are remembered; with callers' parameters there is no end to them."""
+    spec = Spec(name, dimensions, b"{}", is_tokens)
+    return spec, fingerprint(space, spec)
+
+
 # --- the inputs ---
 
 
@@ -248,7 +268,9 @@ def _inputs(value: Any, model: ModelSettings, max_inputs: int) -> tuple[tuple[In
     if len(value) > max_inputs:
         _refuse("input", f"'input' has {len(value)} items, the bound is {max_inputs}", code="too_many_inputs")
     if kinds == {str}:
-        return tuple(_text(item, index) for index, item in enumerate(value)), False
+        if "" in value:
+            _text("", value.index(""))
+        return tuple(value), False
     if kinds == {list}:
         return tuple(_token_ids(item, index, model) for index, item in enumerate(value)), True
     if len(kinds) > 1 and kinds <= {str, int, list}:
@@ -277,11 +299,12 @@ def _token_ids(ids: list[Any], index: int | None, model: ModelSettings) -> tuple
         )
     if not ids:
         _refuse("input", f"'{_place(index)}' is an empty list of token ids", code="empty_input")
-    for item in ids:
-        # type, not isinstance: true and false are no token ids
-        if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID:
-            _refuse("input", f"'{_place(index)}' holds {_kind(item)}, which is no token id (0 to {_MAX_TOKEN_ID})")
-    return tuple(ids)
+    # All at once, since lists of thousands come by the thousand; one by one where something is wrong.
+    if list(map(type, ids)).count(int) == len(ids) and min(ids) >= 0 and max(ids) <= _MAX_TOKEN_ID:
+        return tuple(ids)
+    # type, not isinstance: true and false are no token ids
+    wrong = next(item for item in ids if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID)
+    _refuse("input", f"'{_place(index)}' holds {_kind(wrong)}, which is no token id (0 to {_MAX_TOKEN_ID})")
 
 
 def _fitted(
@@ -289,9 +312,11 @@ def _fitted(
 ) -> tuple[tuple[Input, ...], tuple[int, ...]]:
     """Hold each input against the model's bound: reject or cut, as the model's policy says."""
     bound, unit = (model.max_input_tokens, "tokens") if is_tokens else (model.max_input_bytes, "bytes")
-    size = len if is_tokens else size_bytes
     # A text of n characters has at most 4 n bytes: most are settled without encoding them.
-    long = [index for index, item in enumerate(inputs) if len(item) * 4 > bound and size(item) > bound]
+    if max(map(len, inputs)) * 4 <= bound:
+        return inputs, ()
+    size = len if is_tokens else size_bytes
+    long = [index for index, item in enumerate(inputs) if size(item) > bound]
     if not long:
         return inputs, ()
     if model.long_input == "reject":
@@ -324,7 +349,13 @@ def _sdk_patience_s(headers: Mapping[str, str]) -> float:
 
     Answering later would double the load: its next try is on its way already.
     """
-    value = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout") or ""
+    value = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout")
+    return _stated_patience_s(value) if value else math.inf
+
+
+@functools.lru_cache(maxsize=64)
+def _stated_patience_s(value: str) -> float:
+    """An app states the same with each request."""
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or float(value) <= 0:
         return math.inf
     return float(value) * 0.95
@@ -343,10 +374,12 @@ def _priority(
     return Priority.INTERACTIVE if is_short else Priority.BULK
 
 
-def _client(headers: Mapping[str, str]) -> str | None:
+def _client(headers: Mapping[str, str]) -> str:
     """Return what a caller says of itself: it refines the name that its connection gives it, and cannot replace it."""
     value = headers.get("X-Embedding-Client")
-    if value is not None and not _NAME.fullmatch(value):
+    if value is None:
+        return ""
+    if not _NAME.fullmatch(value):
         _refuse_header(
             "X-Embedding-Client", value, "1 to 64 letters, digits and . _ : @ / -, the first a letter or a digit"
         )
@@ -355,8 +388,8 @@ def _client(headers: Mapping[str, str]) -> str | None:
 
 def _traceparent(headers: Mapping[str, str]) -> str | None:
     """Return a valid W3C trace context; an invalid one is as good as none, says the recommendation (§4.3)."""
-    value = headers.get("traceparent", "")
-    return value if _TRACEPARENT.fullmatch(value) else None
+    value = headers.get("traceparent")
+    return value if value and _TRACEPARENT.fullmatch(value) else None
 
 
 # --- words ---

@@ -18,7 +18,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from aiohttp import web
 
@@ -26,6 +26,7 @@ from proxy.base.clock import Clock
 from proxy.base.settings import ListenSettings
 from proxy.edge.accept import Accept
 from proxy.wiring.config import OFF, default_socket, host_port, is_loopback
+from proxy.wiring.connection import Connection
 
 LISTEN_FDS_START = 3
 """File descriptors before it are standard input, output and error: sd_listen_fds(3)."""
@@ -282,7 +283,7 @@ class Server:
                 closed=self._closed,
                 keepalive_timeout=self._settings.keepalive_timeout_s,
                 lingering_time=_LINGERING_S,
-                auto_decompress=False,  # 4 MB may unpack to 4 GB; accept.py refuses what is compressed
+                auto_decompress=False,  # 4 MB may unpack to 4 GB; decode.py refuses what is compressed
                 access_log=None,
             )
             self._servers.append(server)
@@ -341,49 +342,8 @@ class _Server(web.Server):
         self._closed = closed
 
     def __call__(self) -> web.RequestHandler:
-        malformed = functools.partial(self._accept.malformed, self._listener)
-        return _Connection(
-            self, loop=asyncio.get_running_loop(), malformed=malformed, closed=self._closed, **self._kwargs
-        )
-
-
-class _Connection(web.RequestHandler):
-    """
-    One connection of a caller.
-
-    Handlers of ours raise nothing but for a caller that has left, so what arrives here is no HTTP. aiohttp would quote
-    it, in its answer and in the log; it may be anybody's text.
-    """
-
-    __slots__ = ("_closed", "_malformed")
-
-    def __init__(
-        self, manager: web.Server, *, malformed: Callable[[], web.Response], closed: Callable[[], None], **options: Any
-    ) -> None:
-        super().__init__(manager, **options)
-        self._malformed = malformed
-        self._closed = closed
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Writing waits until all of an answer is gone: else a short one, which nobody reads, would count as written,
-        # and its connection be closed "after flushing", that is never.
-        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        self._closed()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if isinstance(exc, ConnectionError):
-            return web.Response()  # to nobody
-        return self._malformed()
+        loop = asyncio.get_running_loop()
+        return Connection(self, self._accept, self._listener, closed=self._closed, loop=loop, **self._kwargs)
 
 
 class _Acceptor:

@@ -339,6 +339,83 @@ async def test_trouble_of_the_loop() -> None:
     assert "a caller's text" not in stream.getvalue()
 
 
+def test_lines_in_their_order() -> None:
+    """Ours and those of libraries end up in the order in which they were written, each at once."""
+    target = io.BytesIO()
+    stream = io.TextIOWrapper(target, encoding="utf-8")
+    configure(LogSettings(format="json"), stream)
+    lengths = []
+    for number in range(2):
+        write(logging.INFO, f"ours {number}")
+        lengths.append(target.getvalue().count(b"\n"))
+        logging.getLogger("library").warning("theirs %s", number)
+        lengths.append(target.getvalue().count(b"\n"))
+    events_told = [json.loads(line)["event"] for line in target.getvalue().splitlines()]
+
+    assert lengths == [1, 2, 3, 4]
+    assert events_told == ["ours 0", "theirs 0", "ours 1", "theirs 1"]
+
+
+def test_lines_of_both_kinds_are_spelled_alike() -> None:
+    """What passes through `logging`, as when somebody else listens too, is the same line."""
+    stream, other = io.StringIO(), logging.NullHandler()
+    configure(LogSettings(format="json"), stream)
+    Log()(REQUEST)
+    logging.getLogger().addHandler(other)
+    Log()(REQUEST)
+    straight, through = stream.getvalue().splitlines()
+
+    assert list(json.loads(straight).items())[1:] == list(json.loads(through).items())[1:]
+    assert list(json.loads(straight))[:4] == ["ts", "level", "event", "request_id"]
+
+
+def test_somebody_else_listens(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that was added to ours hears our lines too."""
+    stream = io.StringIO()
+    configure(LogSettings(format="json"), stream)
+    logging.getLogger().addHandler(caplog.handler)
+    write(logging.INFO, "hello", n=1)
+
+    assert [record.getMessage() for record in caplog.records] == ["hello"]
+    assert json.loads(stream.getvalue())["n"] == 1
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [Full(), io.StringIO()], ids=["full", "closed"])
+def test_stream_that_takes_nothing(stream: io.StringIO) -> None:
+    """A line that cannot be written is lost, and nobody is served less for it."""
+    configure(LogSettings(format="json"), stream)
+    if not isinstance(stream, Full):
+        stream.close()
+
+    Log()(REQUEST)
+
+
+def test_field_that_cannot_be_spelled() -> None:
+    """Neither is a line of half a character a reason to write none any more."""
+    stream = io.StringIO()
+    configure(LogSettings(format="json"), stream)
+    log = Log()
+    log(replace(REQUEST, caller="\ud800"))
+    log(REQUEST)
+
+    assert [json.loads(line)["caller"] for line in stream.getvalue().splitlines()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ms"), [(0.0, 0.0), (0.000004, 0.0), (0.000005, 0.01), (0.0123456, 12.35), (61.5, 61500.0), (1e-9, 0.0)]
+)
+def test_milliseconds(seconds: float, ms: float) -> None:
+    """Times are told to a hundredth of a millisecond; what is less is nothing."""
+    (line,) = told(replace(REQUEST, total_s=seconds, queue_s=seconds, upstream_s=seconds))
+
+    assert (line["ms"], line.get("queue_ms", 0.0), line.get("upstream_ms", 0.0)) == (ms, ms, ms)
+
+
 def test_value_that_json_does_not_know() -> None:
     """A field of any kind is written somehow, since a lost line helps nobody."""
     stream = io.StringIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from dataclasses import replace
 from typing import Any
 
@@ -85,6 +86,7 @@ CANARY = events.CanaryFinished("m", "u", 0.1)
         (events.CacheLookedUp("m", 2, 0), {row("cache_inputs_total", model="m", result="hit"): 2}),
         (events.CacheLookedUp("m", 0, 5), {row("cache_inputs_total", model="m", result="miss"): 5}),
         (events.InputsJoined("m", 4), {row("coalesced_inputs_total", model="m"): 4}),
+        (events.BatchSplit("m", 40), {row("batch_splits_total", model="m"): 1}),
         (
             events.BatchFinished("m", "u", 32, 0.25, 1.5),
             {
@@ -150,6 +152,47 @@ def test_counting_goes_on(telemetry: Telemetry) -> None:
     assert found[row("attempts_total", upstream="u", code="ok")] == 2
     assert found[row("attempts_total", upstream="v", code="ok")] == 1
     assert found[row("tokens_total", upstream="u")] == 18
+
+
+def test_requests_of_every_kind(telemetry: Telemetry) -> None:
+    """Series that are bound together are counted apart wherever one label differs."""
+    others: list[dict[str, Any]] = [
+        {"path": "/embeddings"},
+        {"listener": "unix"},
+        {"status": 503, "code": "overloaded"},
+        {"priority": "interactive"},
+        {"model": "n"},
+    ]
+    for event in (REQUEST, REQUEST, *(replace(REQUEST, **other) for other in others)):
+        telemetry(event)
+
+    found = series(telemetry)
+    requests = {labels: value for (name, labels), value in found.items() if name == "requests_total"}
+    inputs = {labels: value for (name, labels), value in found.items() if name == "inputs_total"}
+    assert sorted(requests.values()) == [1, 1, 1, 4]
+    assert sorted(inputs.values()) == [3, 3, 12]
+    assert sum(value for (name, _), value in found.items() if name == "request_duration_seconds_count") == 7
+
+
+def test_series_say_since_when(telemetry: Telemetry) -> None:
+    """Each series tells when its counting began."""
+    telemetry(REQUEST)
+    text = telemetry.exposition().decode()
+
+    assert 'embedding_sidecar_inputs_created{model="m",priority="bulk"}' in text
+    assert 'embedding_sidecar_request_duration_seconds_created{path="/v1/embeddings",priority="bulk"}' in text
+
+
+def test_exposition_while_it_counts(telemetry: Telemetry) -> None:
+    """Series are spelled in a thread, while the loop goes on and adds further ones."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        spelling = pool.submit(lambda: [telemetry.exposition() for _ in range(20)])
+        number = 0
+        while not spelling.done():
+            telemetry(events.AttemptFinished(f"u{number % 500}", "", 0.1, 1))
+            number += 1
+
+    assert all(text.startswith(b"# HELP") for text in spelling.result())
 
 
 def test_breaker_closes_again(telemetry: Telemetry) -> None:

@@ -36,6 +36,8 @@ STAGES = [
     "transport",
 ]
 
+NO_STAGES: dict[str, Any] = {"cache": None}
+
 
 class Built:
     """A pipeline of real settings, and what it was built with."""
@@ -87,7 +89,7 @@ async def test_embedded_model(tmp_path: Path) -> None:
     assert problems == {"wordllama": ""}
     assert [len(row) for row in response.rows] == [256 * 4] * 65
     assert response.upstream == "builtin"
-    assert snapshot["microbatch"] == {"batches": 2}
+    assert snapshot["microbatch"]["wordllama"]["batches"] >= 2
     assert snapshot["transport"] == {"builtin": {"is_loaded": True}}
     assert snapshot["balance"]["wordllama"]["upstreams"]["builtin"]["slots"] == 2
 
@@ -111,43 +113,49 @@ async def test_server_that_speaks_openai(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("profile", "more", "expected"),
     [
-        ("llamacpp", "", (2, 4.0)),
-        ("openai", "", (16, 30.0)),
-        ("openai", "[upstreams.u.balance]\nslots = 3\n[upstreams.u.transport]\nkeepalive_s = 7\n", (3, 7.0)),
+        ("llamacpp", "", (2, 4.0, 1)),
+        ("llamacpp", "[upstreams.u.balance]\nstart_slots = 9\n", (2, 4.0, 2)),
+        ("openai", "", (16, 30.0, 16)),
+        ("openai", "[upstreams.u.balance]\nslots = 3\n[upstreams.u.transport]\nkeepalive_s = 7\n", (3, 7.0, 3)),
+        ("openai", "[upstreams.u.balance]\nslots = 8\nstart_slots = 2\n", (8, 30.0, 2)),
     ],
 )
-async def test_slots_and_keep_alive(profile: str, more: str, expected: tuple[int, float], tmp_path: Path) -> None:
-    """Slots and keep-alive are the profile's unless the settings say otherwise."""
+async def test_slots_and_keep_alive(profile: str, more: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
+    """Slots, to begin with and at the most, and keep-alive are the profile's unless the settings say otherwise."""
     toml = upstream_toml("u", "http://127.0.0.1:1/v1", profile=profile) + more + '[models.m]\nupstreams = ["u"]\n'
     async with built(toml, tmp_path) as it:
         transport = it.pipeline.snapshot()["transport"]["u"]
         slots = it.pipeline.models()["m"]["upstreams"]["u"]["slots"]
 
-    assert (transport["slots"], transport["keepalive_s"]) == expected
-    assert slots == expected[0]
+    assert (transport["slots"], transport["keepalive_s"], slots) == expected
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"),
+    ("limits", "most"),
     [
-        (("max_inputs = 3", "max_inputs = 5"), [1, 3, 3]),
-        (("max_inputs = 5", "max_inputs = 3"), [1, 3, 3]),
-        (("max_inputs = 5", "max_bytes = 4"), [1, 2, 2, 2]),
-        (("", "max_inputs = 6"), [1, 6]),
+        (("max_inputs = 3", "max_inputs = 5"), (3, 5)),
+        (("max_inputs = 5", "max_inputs = 3"), (5, 3)),
+        (("max_inputs = 5", "max_bytes = 4"), (5, 2)),
+        (("", "max_inputs = 6"), (50, 6)),
     ],
 )
-async def test_limits_of_several_upstreams(limits: tuple[str, str], expected: list[int], tmp_path: Path) -> None:
-    """A batch may end at any upstream of its model, so the least of their limits counts, each on its own."""
-    async with FakeUpstream() as fake:
+async def test_limits_of_several_upstreams(limits: tuple[str, str], most: tuple[int, int], tmp_path: Path) -> None:
+    """A batch is composed for the upstream that takes it, so each upstream's own limits count, each on its own."""
+    async with FakeUpstream() as first, FakeUpstream() as second:
         toml = "".join(
-            upstream_toml(name, fake.base_url) + f"[upstreams.{name}.batch]\n{limit}\n"
-            for name, limit in zip("ab", limits, strict=True)
+            upstream_toml(name, fake.base_url)
+            + f"[upstreams.{name}.batch]\n{limit}\n[upstreams.{name}.balance]\nslots = 1\n"
+            for name, fake, limit in zip("ab", (first, second), limits, strict=True)
         )
         async with built(f'{toml}[models.m]\nupstreams = ["a", "b"]\n', tmp_path) as it:
             await it.pipeline.prove()
-            await it.embed(["t1", "t2", "t3", "t4", "t5", "t6", "t7"], "m")
+            texts = [f"t{n}" for n in range(10, 60)]
+            response = await it.embed(texts, "m")
 
-    assert sorted(len(seen.inputs) for seen in fake.seen) == expected
+    seen = [[len(one.inputs) for one in fake.seen] for fake in (first, second)]
+    assert response.rows == tuple(vector(text, 8).tobytes() for text in texts)
+    assert sum(map(sum, seen)) == 50
+    assert all(sizes and max(sizes) <= bound for sizes, bound in zip(seen, most, strict=True))
 
 
 async def test_limits_of_a_profile(tmp_path: Path) -> None:
@@ -156,9 +164,10 @@ async def test_limits_of_a_profile(tmp_path: Path) -> None:
         toml = upstream_toml("u", fake.base_url, profile="llamacpp") + '[models.m]\nupstreams = ["u"]\n'
         async with built(toml, tmp_path) as it:
             await it.pipeline.prove()
-            await it.embed([f"t{n}" for n in range(33)], "m")
+            await it.embed([f"t{n}" for n in range(100)], "m")
 
-    assert sorted(len(seen.inputs) for seen in fake.seen) == [1, 32]
+    assert max(len(seen.inputs) for seen in fake.seen) == 32
+    assert sum(len(seen.inputs) for seen in fake.seen) == 100
 
 
 async def test_limits_of_each_model(tmp_path: Path) -> None:
@@ -376,7 +385,7 @@ def test_moved_by_space(
             Settings(models={name: ModelSettings(space=space) for name, (space, _) in models.items()}),
             ScriptedStage(),
             Canaries({name: row for name, (_, row) in models.items() if row}),  # type: ignore[arg-type]
-            {},
+            NO_STAGES,
             {},
             HandClock(),
             {},
@@ -416,9 +425,24 @@ async def test_request_through_all_stages(tmp_path: Path) -> None:
     assert first.rows == second.rows == (vector("a", 8).tobytes(),)
     assert (first.hits, second.hits) == (0, 1)
     assert names == ["CacheLookedUp", "AttemptFinished", "BatchFinished", "CacheLookedUp"]
-    assert snapshot["attempt"] == {"calls": 1, "attempts": 1}
+    assert (snapshot["attempt"]["calls"], snapshot["attempt"]["attempts"]) == (1, 1)
     assert snapshot["admission"]["inputs"] == 0
     assert len(fake.seen) == 1
+
+
+async def test_answer_from_the_cache_alone(tmp_path: Path) -> None:
+    """What is cached can be answered at once, without any stage behind the cache; all else cannot."""
+    async with FakeUpstream() as fake:
+        async with built(fake.toml(), tmp_path) as it:
+            await it.pipeline.prove()
+            request = make_request(["a"], now=it.clock.now())
+            before = it.pipeline.known(request)
+            response = await it.pipeline(request)
+            after = it.pipeline.known(request)
+
+    assert before is None
+    assert after is not None
+    assert (after.rows, after.hits) == (response.rows, 1)
 
 
 # --- canaries ---
@@ -456,15 +480,21 @@ class Singers:
         self.right: dict[str, bool] = {}
         self.broken: dict[str, str] = {}
         self.whole: dict[str, bool] = {}
+        self.open_until: dict[str, float] = {}
+        """Instants from which on an open breaker lets a probe pass; the next canary that is right closes it."""
         self.is_closed = False
 
-    async def sing(self, model: str, deadline: float) -> None:
-        now = self._clock.now()
-        self.sung.append((now - 1000, model, deadline - now))
+    async def sing(self, model: str, timeout_s: float) -> None:
+        self.sung.append((self._clock.now() - 1000, model, timeout_s))
         self.whole[model] = self.right.get(model, True)
+        if self.whole[model]:
+            self.open_until.pop(model, None)
+
+    def rest_s(self, model: str) -> float:
+        return max(0.0, self.open_until.get(model, 0.0) + 1000 - self._clock.now())
 
     def is_whole(self, model: str) -> bool:
-        return self.whole.get(model, model not in self.broken)
+        return self.whole.get(model, model not in self.broken) and model not in self.open_until
 
     def problems(self) -> dict[str, str]:
         return {"m": "", **self.broken}
@@ -497,7 +527,7 @@ def scripted(balance: Any, door: Any = None, **lifecycle: Any) -> Pipeline:
         request=RequestSettings(max_timeout_s=60.0),
         models={"m": ModelSettings(upstreams=("u",))},
     )
-    return Pipeline(settings, door or ScriptedStage(), balance, {}, {}, balance._clock, {})
+    return Pipeline(settings, door or ScriptedStage(), balance, NO_STAGES, {}, balance._clock, {})
 
 
 @contextlib.asynccontextmanager
@@ -596,18 +626,88 @@ async def test_canary_of_one_upstream_of_two_fails(tmp_path: Path) -> None:
     assert after < 1100
 
 
+async def test_breaker_opens_at_an_idle_upstream(singers: Singers, clock: HandClock) -> None:
+    """An open breaker is probed by a canary as soon as it lets one pass, not before, and not only at the interval."""
+    async with proving(scripted(singers, canary_interval_s=300.0, canary_retry_s=1.0), clock):
+        await clock.advance(42)
+        singers.open_until["m"] = 52.5
+        await clock.advance(300)
+
+    assert singers.times() == [53.0]
+
+
+async def test_breaker_opens_at_every_canary(singers: Singers, clock: HandClock) -> None:
+    """While it is down it is probed ever later, up to the interval; after a recovery it is found soon again."""
+    async with proving(scripted(singers, canary_interval_s=30.0, canary_retry_s=1.0), clock):
+        singers.right["m"] = False
+        for _ in range(120):
+            singers.open_until["m"] = max([0.0, *singers.times()]) + 5.0
+            await clock.advance(1)
+        singers.right["m"] = True
+        await clock.advance(20)
+        down = singers.times()
+        singers.open_until["m"] = clock.now() - 1000 + 2.5
+        await clock.advance(4)
+
+    assert down == [5.0, 10.0, 15.0, 23.0, 39.0, 69.0, 99.0, 129.0]
+    assert singers.times()[len(down) :] == [143.0]
+
+
+async def test_breaker_that_stays_open_for_long(singers: Singers, clock: HandClock) -> None:
+    """Canaries come at the interval whatever a breaker says: there may be other upstreams beside it."""
+    async with proving(scripted(singers, canary_interval_s=10.0, canary_retry_s=1.0), clock):
+        singers.open_until["m"], singers.right["m"] = 3600.0, False
+        await clock.advance(35)
+
+    assert singers.times() == [10.0, 20.0, 30.0]
+
+
+async def test_upstream_recovers_without_traffic(tmp_path: Path) -> None:
+    """An idle upstream whose breaker opened is closed again soon after `open_s`, though nobody asks for anything."""
+    clock = HandClock()
+    async with FakeUpstream() as fake:
+        toml = (
+            fake.toml(upstream="circuit.failures = 2\ncircuit.open_s = 10")
+            + "[lifecycle]\ncanary_interval_s = 1000\n[attempt]\nmax_attempts = 1\n"
+        )
+        (tmp_path / "settings.toml").write_text(toml, encoding="utf-8")
+        loaded = config.load(str(tmp_path / "settings.toml"), {})
+        pipeline = build(
+            loaded.settings, {}, clock=clock, rng=random.Random(1), observe=lambda _: None, store=CacheStore(0)
+        )
+        await pipeline.prove()
+        fake.always = Fault(status=503)
+        for n in range(2):
+            with pytest.raises(EmbeddingError):
+                await pipeline(make_request([f"text {n}"], now=clock.now()))
+        fake.always = Fault()
+        opened_at, states = clock.now(), [pipeline.snapshot()["circuit"]["fake"]["state"]]
+        async with proving(pipeline, clock):
+            await clock.advance(9.5)
+            states.append(pipeline.snapshot()["circuit"]["fake"]["state"])
+            async with asyncio.timeout(5):
+                while pipeline.snapshot()["circuit"]["fake"]["state"] != "closed":
+                    await clock.advance(0.5)
+                    await asyncio.sleep(0.001)  # the exchange itself takes real turns of the loop
+            took_s = clock.now() - opened_at
+        await pipeline.aclose()
+
+    assert states == ["open", "open"]
+    assert 10 <= took_s < 60
+
+
 async def test_models_prove_themselves_apart(clock: HandClock, singers: Singers) -> None:
     """Each model has its own schedule."""
     settings = Settings(
-        lifecycle=LifecycleSettings(canary_interval_s=10.0, canary_retry_s=4.0),
+        lifecycle=LifecycleSettings(canary_interval_s=10.0, canary_retry_s=2.0),
         models={"m": ModelSettings(), "n": ModelSettings()},
     )
     singers.broken, singers.right = {"n": "u: down"}, {"n": False}
-    async with proving(Pipeline(settings, ScriptedStage(), singers, {}, {}, clock, {}), clock):  # type: ignore[arg-type]
+    async with proving(Pipeline(settings, ScriptedStage(), singers, NO_STAGES, {}, clock, {}), clock):  # type: ignore[arg-type]
         await clock.advance(10.5)
 
     assert singers.times("m") == [10.0]
-    assert singers.times("n") == [4.0]
+    assert singers.times("n") == [2.0, 6.0]
 
 
 async def test_proof_asks_every_model(clock: HandClock, singers: Singers) -> None:
