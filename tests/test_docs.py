@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-from proxy.upstream.translate.openai import PROFILES
+from proxy.base.settings import KINDS
+from proxy.upstream.translate import ollama, openai, tei
 from proxy.watch.telemetry import PREFIX, Telemetry
 from proxy.wiring.config import reference
 
@@ -57,22 +58,36 @@ def test_every_error_code_is_documented() -> None:
 
 def test_profiles_are_documented_as_they_are() -> None:
     """The table of profiles in docs/upstreams.md has the numbers of the code."""
-    rows = {row[0]: row[1:] for row in tables("upstreams.md") if row[0].strip("`") in PROFILES and len(row) > 2}
+    others = {"ollama": ollama.PROFILE, "tei": tei.PROFILES["native"], "tei, openai": tei.PROFILES["openai"]}
+    profiles = {f"`{name}`": profile for name, profile in {**openai.PROFILES, **others}.items()}
+    rows = {row[0]: row[1:] for row in tables("upstreams.md") if row[0] in profiles and len(row) > 2}
     words = {True: "yes", False: "no"}
 
     assert rows == {
-        f"`{name}`": [
+        name: [
             f"`{p.base_url}`" if p.base_url else "",
             words[p.has_base64],
             words[p.has_dimensions],
             words[p.has_user],
             words[p.speaks_cl100k],
             str(p.max_inputs),
+            str(p.max_bytes),
+            str(p.max_tokens or ""),
             str(p.slots),
+            str(p.start_slots),
             f"{p.keepalive_s:g}",
+            f"{p.abandoned_s:g}",
+            f"{p.first_answer_s:g}" if p.first_answer_s else "",
         ]
-        for name, p in PROFILES.items()
+        for name, p in profiles.items()
     }
+
+
+def test_kinds_are_documented() -> None:
+    """The table of kinds in docs/upstreams.md knows each, and no other."""
+    listed = [row[0].strip("`") for row in tables("upstreams.md") if len(row) == 2 and row[0].startswith("`")]
+
+    assert tuple(listed) == KINDS
 
 
 def test_every_metric_is_documented() -> None:

@@ -9,6 +9,7 @@ is built and proven, then swapped; whatever goes wrong on the way, the old one s
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -166,6 +167,9 @@ class Lifecycle:
         self._moved(self._readiness())
         self._greet(self._listeners, self._pipeline)
         self._pipeline.keep_proving()
+        # What is there by now stays. Looking through it again and again would hold the loop for 20 to 30 ms each time.
+        gc.collect()
+        gc.freeze()
         while True:
             if (state := self._readiness()) != self._state:
                 self._moved(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any, Final
 
 from proxy.base.clock import Clock
 from proxy.base.events import Observer
-from proxy.base.messages import Answer, Batch, Request, Response, Spec
+from proxy.base.messages import Answer, Batch, Limits, Request, Response
 from proxy.base.settings import (
+    BatchSettings,
     CallerSettings,
     Catalogue,
     ListenSettings,
@@ -30,14 +32,19 @@ from proxy.base.stage import Snapshot, Stage
 from proxy.funnel.admission import Admission
 from proxy.funnel.cache import Cache, CacheStore
 from proxy.funnel.coalesce import Coalesce
-from proxy.funnel.microbatch import Limits, MicroBatch
+from proxy.funnel.microbatch import MicroBatch
 from proxy.upstream.attempt import Attempt
-from proxy.upstream.balance import Balance, Model, Upstream, flaw
+from proxy.upstream.balance import Balance
+from proxy.upstream.balance.canary import flaw
+from proxy.upstream.balance.limit import Limit
+from proxy.upstream.balance.model import Model
+from proxy.upstream.balance.upstream import Upstream
 from proxy.upstream.bucket import Bucket
 from proxy.upstream.builtin import Builtin
 from proxy.upstream.circuit import Circuit
-from proxy.upstream.translate.openai import PROFILES, OpenAI
+from proxy.upstream.translate import Profile
 from proxy.upstream.transport import Transport, tls_context
+from proxy.wiring.config.profiles import dialect_of, profile_of
 
 ROUTE: Final = {
     "edge.accept": "the only one who sees HTTP; refuses strangers and oversized bodies before anything is parsed",
@@ -45,10 +52,10 @@ ROUTE: Final = {
     "funnel.admission": "first of all stages, so that a refusal costs nothing; holds the deadline over all others",
     "funnel.cache": "before coalesce: a hit needs nobody",
     "funnel.coalesce": "before microbatch: equal inputs should take one place in a batch",
-    "funnel.microbatch": "where requests become batches, and the last who knows callers",
+    "funnel.microbatch": "where requests become batches, when a lease lets one leave; the last who knows callers",
     "upstream.attempt": "before the choice of an upstream: each attempt chooses anew, breaker and bucket hear each",
-    "upstream.balance": "chooses among upstreams of one space, and owns their slots",
-    "upstream.bucket": "before the breaker: a call may wait here for a minute, and the breaker should judge at the end",
+    "upstream.balance": "chooses among upstreams of one space, owns their slots, hands out the leases",
+    "upstream.bucket": "before the breaker: what it hears of limits and pauses counts whatever the breaker thinks",
     "upstream.circuit": "around the exchange alone: waiting in our own queues is no failure of the upstream",
     "upstream.translate": "pure: how this upstream is spoken to",
     "upstream.transport": "the wire",
@@ -56,10 +63,9 @@ ROUTE: Final = {
     "edge.encode": "the way back: rows or an error, as the caller asked",
 }
 
-BUILTIN_SLOTS = 2
-"""One batch is computed at a time; a second one waits at the thread, so that it never idles."""
-BUILTIN_LIMITS = Limits(max_inputs=64, max_bytes=65_536)
-"""Some milliseconds a batch: requests of several callers take turns."""
+BUILTIN = Profile(slots=2, start_slots=2, max_inputs=64, max_bytes=65_536)
+"""The embedded model. One batch is computed at a time; a second one waits at the thread, so that it never idles. Some
+milliseconds a batch: requests of several callers take turns."""
 
 
 class Pipeline:
@@ -86,11 +92,16 @@ class Pipeline:
         self._door = door
         self._balance = balance
         self._stages = stages
+        self._cache: Cache = stages["cache"]
         self._clock = clock
         self._proving: asyncio.Task[None] | None = None
         self._inside = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def known(self, request: Request) -> Response | None:
+        """Answer from the cache alone, without waiting for anything; None when that cannot be."""
+        return self._cache.known(request)
 
     async def __call__(self, request: Request) -> Response:
         self._inside += 1
@@ -109,10 +120,9 @@ class Pipeline:
         Returns:
             By model, why it cannot be served; empty where it can.
         """
-        deadline = self._clock.now() + self.settings.lifecycle.canary_timeout_s
         async with asyncio.TaskGroup() as group:
             for model in self.catalogue.models:
-                group.create_task(self._balance.sing(model, deadline))
+                group.create_task(self._balance.sing(model, self.settings.lifecycle.canary_timeout_s))
         return self.problems()
 
     def keep_proving(self) -> None:
@@ -126,15 +136,22 @@ class Pipeline:
 
     async def _prove_on(self, model: str) -> None:
         settings = self.settings.lifecycle
-        retry_s = settings.canary_retry_s
+        retry_s, sung_at = settings.canary_retry_s, self._clock.now()
         while True:
-            if self._balance.is_whole(model):
-                wait_s, retry_s = settings.canary_interval_s, settings.canary_retry_s
-            else:
-                wait_s = min(retry_s, settings.canary_interval_s)
-                retry_s = wait_s * 2
-            await self._clock.sleep(wait_s)
-            await self._balance.sing(model, self._clock.now() + settings.canary_timeout_s)
+            # In steps: something may go wrong meanwhile, and then the next canary is due earlier.
+            await self._clock.sleep(min(settings.canary_retry_s, settings.canary_interval_s))
+            is_whole = self._balance.is_whole(model)
+            if is_whole:
+                retry_s = settings.canary_retry_s
+            # An open breaker is probed when it lets a probe pass, not before.
+            is_soon = not is_whole and self._balance.rest_s(model) <= 0
+            due_s = min(retry_s, settings.canary_interval_s) if is_soon else settings.canary_interval_s
+            if self._clock.now() - sung_at < due_s:
+                continue
+            if not is_whole:
+                retry_s *= 2
+            await self._balance.sing(model, settings.canary_timeout_s)
+            sung_at = self._clock.now()
 
     def has_moved(self, old: Pipeline) -> bool:
         """Whether a space that both pipelines name may mean other vectors here than there: unknown counts as other."""
@@ -217,15 +234,17 @@ def build(
     upstreams = {name: built[name].upstream.join() for name in named}
     models = {
         name: _kept_model(name, model, built, old)
-        or Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, observe=observe)
+        or Model(name, model, [upstreams[u] for u in model.upstreams], clock=clock, rng=rng, observe=observe)
         for name, model in settings.models.items()
     }
     balance = Balance(models)
-    attempt = Attempt(settings.attempt, balance, clock=clock, rng=rng)
-    microbatch = MicroBatch(attempt, limits=_limits(settings), observe=observe)
+    attempt = Attempt(settings.attempt, balance, lease=balance.lease, clock=clock, rng=rng)
+    microbatch = MicroBatch(
+        settings.microbatch, attempt, leases=balance, may_retry=attempt.may_retry, clock=clock, observe=observe
+    )
     coalesce = Coalesce(microbatch, observe=observe)
     cache = Cache(settings.cache, coalesce, store=store, observe=observe)
-    admission = Admission(settings.admission, cache, clock=clock)
+    admission = Admission(settings.admission, cache, drain_s=microbatch.expected_s, clock=clock)
     stages: dict[str, Any] = {
         "admission": admission,
         "cache": cache,
@@ -271,11 +290,25 @@ def _kept_model(name: str, settings: ModelSettings, built: Mapping[str, Built], 
 
 
 def _built(name: str, settings: UpstreamSettings, api_key: str, *, clock: Clock, observe: Observer) -> Built:
-    slots = settings.balance.slots or _default_slots(settings)
+    own = BUILTIN if settings.kind == "builtin" else profile_of(settings)
+    asked = settings.balance
+    slots = asked.slots or own.slots
+    start = min(asked.start_slots or (own.start_slots if not asked.slots else slots), slots)
+    least = min(asked.min_slots, start)
     end = _end(name, settings, api_key, slots, clock=clock, observe=observe)
     circuit = Circuit(name, settings.circuit, end, clock=clock, observe=observe)
-    bucket = Bucket(settings.bucket, circuit)
-    upstream = Upstream(name, bucket, slots=slots, refuses_s=circuit.wait_s)
+    bucket = Bucket(name, settings.bucket, circuit, clock=clock)
+    upstream = Upstream(
+        name,
+        bucket,
+        limits=_limits(settings.batch, own),
+        limit=Limit(least, start, slots),
+        pace=bucket,
+        guard=circuit,
+        abandoned_s=own.abandoned_s if asked.abandoned_s < 0 else asked.abandoned_s,
+        first_answer_s=own.first_answer_s,
+        clock=clock,
+    )
     return Built(settings, api_key, upstream, bucket, circuit, end)
 
 
@@ -284,39 +317,22 @@ def _end(
 ) -> Stage[Batch, Answer]:
     if settings.kind == "builtin":
         return Builtin(name, clock=clock, observe=observe)
-    profile = PROFILES[settings.profile]
     return Transport(
         name,
-        OpenAI(name, profile, base_url=settings.base_url, api_key=api_key, headers=settings.headers),
+        dialect_of(name, settings, api_key),
         settings.transport,
         slots=slots,
-        keepalive_s=settings.transport.keepalive_s or profile.keepalive_s,
+        keepalive_s=settings.transport.keepalive_s or profile_of(settings).keepalive_s,
+        first_answer_s=profile_of(settings).first_answer_s,
         tls=tls_context(settings.transport),
         clock=clock,
         observe=observe,
     )
 
 
-def _default_slots(settings: UpstreamSettings) -> int:
-    return BUILTIN_SLOTS if settings.kind == "builtin" else PROFILES[settings.profile].slots
-
-
-def _limits(settings: Settings) -> Any:
-    """Return the function from a spec to what every upstream of its model takes in one call."""
-
-    def of(upstream: UpstreamSettings) -> Limits:
-        own = BUILTIN_LIMITS
-        if upstream.kind != "builtin":
-            profile = PROFILES[upstream.profile]
-            own = Limits(profile.max_inputs, profile.max_bytes)
-        return Limits(upstream.batch.max_inputs or own.max_inputs, upstream.batch.max_bytes or own.max_bytes)
-
-    by_model = {}
-    for name, model in settings.models.items():
-        all_limits = [of(settings.upstreams[upstream]) for upstream in model.upstreams]
-        by_model[name] = Limits(min(x.max_inputs for x in all_limits), min(x.max_bytes for x in all_limits))
-
-    def limits(spec: Spec) -> Limits:
-        return by_model[spec.model]
-
-    return limits
+def _limits(asked: BatchSettings, own: Profile) -> Limits:
+    return Limits(
+        asked.max_inputs or own.max_inputs,
+        asked.max_bytes or own.max_bytes,
+        asked.max_tokens or own.max_tokens or math.inf,
+    )

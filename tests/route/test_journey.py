@@ -10,7 +10,7 @@ import numpy
 import pytest
 from multidict import CIMultiDict
 
-from proxy.upstream.balance import CANARY
+from proxy.upstream.balance.canary import CANARY
 from tests.fakes.running import Running, running
 from tests.fakes.upstream import FakeUpstream, Fault, vector
 

@@ -421,7 +421,7 @@ async def test_start_beside_an_upstream_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     """A10: one upstream that hangs at the start does not hold up a model that another one serves."""
-    monkeypatch.setattr("proxy.upstream.balance.CANARY_GRACE_S", 0.2)  # a test need not wait for the real 2 s
+    monkeypatch.setattr("proxy.upstream.balance.model.CANARY_GRACE_S", 0.2)  # a test need not wait for the real 2 s
     async with FakeUpstream() as good, FakeUpstream() as bad:
         bad.spare_canary, bad.always = False, Fault(hang=True)
         a, b = (bad, good) if is_first else (good, bad)
@@ -436,6 +436,14 @@ async def test_start_beside_an_upstream_that_hangs(
     assert (ready, asked) == (200, 1)
 
 
+async def wanted(proxy: Running) -> int:
+    """Count the calls under way, the canaries that wait for a slot and the inputs that wait to be sent."""
+    stages = (await status(proxy))["stages"]
+    fake = stages["balance"]["m"]["upstreams"]["fake"]
+    lanes = stages["microbatch"].get("m", {"lanes": {}})["lanes"]
+    return int(fake["calls"] + fake["waiting_canaries"] + sum(lane["inputs"] for lane in lanes.values()))
+
+
 async def test_slots_across_reloads(tmp_path: Path) -> None:
     """B1: a reload that leaves an upstream as it is gives it no further slots."""
     async with FakeUpstream() as upstream:
@@ -446,8 +454,7 @@ async def test_slots_across_reloads(tmp_path: Path) -> None:
             upstream.always = Fault(wait_for=gate)
 
             async def calls() -> int:
-                found = (await status(proxy))["stages"]["balance"]["m"]["upstreams"]["fake"]["calls"]
-                return max(found, upstream.inside)
+                return max(await wanted(proxy), upstream.inside)
 
             async def are_there(count: int) -> bool:
                 return upstream.most_inside > 1 or await calls() >= count
@@ -477,7 +484,7 @@ async def test_slots_across_reloads(tmp_path: Path) -> None:
 async def test_request_inside_keeps_its_slot_across_a_reload(tmp_path: Path) -> None:
     """B1: old and new pipeline share the slots: a call of the old one counts for the new one."""
     async with FakeUpstream() as upstream:
-        toml = RARELY + upstream.toml() + "[upstreams.fake.balance]\nslots = 2\n"
+        toml = RARELY + upstream.toml(upstream="balance.slots = 2\nbatch.max_inputs = 1")
         async with running(tmp_path, toml) as proxy:
             gate = asyncio.Event()
             upstream.always = Fault(wait_for=gate)
@@ -487,8 +494,7 @@ async def test_request_inside_keeps_its_slot_across_a_reload(tmp_path: Path) -> 
             asked += [asyncio.create_task(proxy.embed({"input": f"new {n}"})) for n in range(3)]
 
             async def are_waiting() -> bool:
-                stages = (await status(proxy))["stages"]
-                return stages["balance"]["m"]["upstreams"]["fake"]["calls"] == 4
+                return await wanted(proxy) == 4
 
             await until(are_waiting)
             most = upstream.most_inside
