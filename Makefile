@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check format test-clients test-real figures docs clean help
+.PHONY: run test check format test-clients test-real figures bench docs clean help
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test-real: $(VENV)/installed-test  ## A real embeddings server with real weights
 
 figures: $(VENV)/installed-test  ## Print the figures of docs/operations.md
 	$(BIN)/python -m tests.load.figures
+
+bench: $(VENV)/installed-test  ## Measure speed and memory against the targets (ARGS="--only single-64", --list)
+	@$(BIN)/python -m tests.load.bench $(ARGS)
 
 docs: $(VENV)/installed  ## Write the reference of settings into docs/configuration.md
 	$(BIN)/python docs/write_reference.py
