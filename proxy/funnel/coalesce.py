@@ -61,6 +61,15 @@ class Coalesce:
         self._flights: dict[bytes, _Flight] = {}
 
     async def __call__(self, request: Request) -> Response:
+        if self._flights.keys().isdisjoint(request.keys) and len(set(request.keys)) == len(request.keys):
+            # The usual case: nobody else is after any of it.
+            own = self._started(request)
+            await self._landed(own, set())
+            return own.task.result()
+        return await self._shared(request)
+
+    async def _shared(self, request: Request) -> Response:
+        """Put the rows together from flights of others, and from own ones for what nobody is after."""
         rows: dict[bytes, Row] = {}
         response = Response((), tokens=0)
         is_first = True
@@ -75,8 +84,6 @@ class Coalesce:
                     request.progress.left_at = min(left, default=None)
             if own:
                 part = own.task.result()  # raises what befell our own call
-                if len(own.rows) == len(request.keys):
-                    return part  # the usual case: nobody else was after any of it
                 response = _added(response, part)
                 rows.update(zip(own.rows, part.rows, strict=True))
             for key, flight in joined.items():
@@ -102,10 +109,14 @@ class Coalesce:
         if len(own_keys) < len(request.keys):
             place = {key: index for index, key in reversed(list(enumerate(request.keys)))}
             request = request.part([place[key] for key in own_keys])
+        return self._started(request), joined
+
+    def _started(self, request: Request) -> _Flight:
+        """Start a flight for all keys of a request, each there once; others may join from now on."""
         flight = _Flight(asyncio.create_task(self._fly(request)), request)
-        self._flights.update(dict.fromkeys(own_keys, flight))
+        self._flights.update(dict.fromkeys(request.keys, flight))
         flight.task.add_done_callback(lambda _: self._landed_at_last(flight))
-        return flight, joined
+        return flight
 
     async def _fly(self, request: Request) -> Response:
         return await self._inner(request)

@@ -1244,6 +1244,8 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
         table.setdefault(part, {}).pop(key, None)
     for key in ("max_inputs", "interactive_timeout_s", "bulk_timeout_s", "max_timeout_s"):
         table.setdefault("request", {}).pop(key, None)
+    for key in ("min_slots", "start_slots"):
+        table["upstreams"]["u"].get("balance", {}).pop(key, None)
     return table
 
 
@@ -1370,3 +1372,24 @@ def test_address_that_is_none(address: str) -> None:
 def test_address_of_this_machine_only(host: str, expected: bool) -> None:
     """Loopback addresses and `localhost` reach this machine only; another name may be anything."""
     assert config.is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("balance", "problems"),
+    [
+        ({"slots": 4, "min_slots": 4, "start_slots": 4}, []),
+        ({"slots": 4, "min_slots": 5}, ["min_slots = 5: is above balance.slots = 4"]),
+        ({"slots": 4, "start_slots": 5}, ["start_slots = 5: is above balance.slots = 4"]),
+        ({"min_slots": 17}, ["min_slots = 17: is above balance.slots = 16, which is the profile's own"]),
+        ({"min_slots": 3, "start_slots": 2}, ["start_slots = 2: is below balance.min_slots = 3"]),
+    ],
+)
+def test_slots_that_contradict_each_other(balance: dict[str, int], problems: list[str], read: Reader) -> None:
+    """The least, the first and the most number of slots are in this order; the message names both."""
+    upstream = {"kind": "openai", "profile": "vllm", "base_url": "http://127.0.0.1:1/v1", "balance": balance}
+    if "slots" not in balance:
+        upstream["profile"] = "azure"
+        upstream["api_key_env"] = "K"
+    table = {"upstreams": {"u": upstream}, "models": {"m": {"upstreams": ["u"]}}}
+
+    assert read.problems(table, {"K": "key"}) == [f"upstreams.u.balance.{problem}" for problem in problems]

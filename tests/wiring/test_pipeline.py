@@ -114,7 +114,7 @@ async def test_server_that_speaks_openai(tmp_path: Path) -> None:
     ("profile", "more", "expected"),
     [
         ("llamacpp", "", (2, 4.0, 1)),
-        ("llamacpp", "[upstreams.u.balance]\nstart_slots = 9\n", (2, 4.0, 2)),
+        ("llamacpp", "[upstreams.u.balance]\nstart_slots = 2\n", (2, 4.0, 2)),
         ("openai", "", (16, 30.0, 16)),
         ("openai", "[upstreams.u.balance]\nslots = 3\n[upstreams.u.transport]\nkeepalive_s = 7\n", (3, 7.0, 3)),
         ("openai", "[upstreams.u.balance]\nslots = 8\nstart_slots = 2\n", (8, 30.0, 2)),

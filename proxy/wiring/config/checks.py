@@ -147,7 +147,19 @@ def _upstream_problems(upstream: UpstreamSettings, *, has_key: bool) -> Iterator
     for name, value in upstream.headers.items():
         if not _HEADER_NAME.fullmatch(name) or not value.isprintable():
             yield f"headers.{quoted(name)}: cannot be sent: a name is letters, digits and '-', a value is one line"
+    yield from _slot_problems(upstream)
     yield from _transport_problems(upstream)
+
+
+def _slot_problems(upstream: UpstreamSettings) -> Iterator[str]:
+    asked = upstream.balance
+    slots = asked.slots or profile_of(upstream).slots
+    whose = "" if asked.slots else ", which is the profile's own"
+    for key in ("min_slots", "start_slots"):
+        if (value := getattr(asked, key)) > slots:
+            yield f"balance.{key} = {value}: is above balance.slots = {slots}{whose}"
+    if 0 < asked.start_slots < asked.min_slots:
+        yield f"balance.start_slots = {asked.start_slots}: is below balance.min_slots = {asked.min_slots}"
 
 
 def _kind_problems(upstream: UpstreamSettings) -> Iterator[str]:
