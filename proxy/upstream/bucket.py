@@ -38,6 +38,10 @@ _LARGE_INPUT_TOKENS = 8192.0
 """The burst holds one input of the size that models take, where the limit allows that at all."""
 _LEAST_WAIT_S = 1e-9
 """What a wait comes to by rounding alone: whoever has waited it out would have to wait once more."""
+_BUSY_FIRST_S = 0.1
+_BUSY_MOST_S = 5.0
+"""An upstream that has too much and does not say for how long is left alone for a moment, twice as long each time in a
+row: TEI's places are free again after a batch, a loading model takes seconds."""
 _DENIED_S = 30.0
 """How long an upstream is left alone that does not accept our key or account; the next canary may find it mended."""
 
@@ -117,6 +121,7 @@ class Bucket:
         self._tokens: Leak | None = None
         self._hold_until = -math.inf
         self._hold_error: EmbeddingError | None = None
+        self._busy_s = 0.0
         self._limit(settings.requests_per_minute, settings.tokens_per_minute)
 
     def _limit(self, requests: int, tokens: int) -> None:
@@ -186,14 +191,23 @@ class Bucket:
                 # The caller hears the same bound: a day is no answer, and SDKs give up or come back at once.
                 error.retry_after_s = min(error.retry_after_s, self._settings.hold_max_s)
                 self._hold(error.retry_after_s, error)
+            elif isinstance(error, RateLimited):
+                self._pause()
             self._learn(error.hints)
             raise
         except UpstreamDenied as error:
             self._hold(_DENIED_S, error)
             raise
+        self._busy_s = 0.0
         self._settle(batch.tokens, answer.tokens, self._clock.now() - start)
         self._learn(answer.hints)
         return answer
+
+    def _pause(self) -> None:
+        """Hold for a moment; nobody is refused for it. All who were under way together count once."""
+        if self._clock.now() >= self._hold_until:
+            self._busy_s = min(_BUSY_MOST_S, 2 * self._busy_s or _BUSY_FIRST_S)
+            self._hold(self._busy_s, None)
 
     def _settle(self, reserved: float, used: int, age_s: float) -> None:
         if self._tokens is None or not used:

@@ -432,10 +432,35 @@ def test_upstream_asks_for_time(error_class: Any, retry_after_s: float, hold_s: 
     assert play.bucket.hold_error is None
 
 
-def test_upstream_names_no_time() -> None:
-    """Without Retry-After there is nothing to wait for."""
+def test_upstream_that_is_busy_and_names_no_time() -> None:
+    """It is left alone for a moment, twice as long each time in a row, and nobody is refused for that."""
     play = Play()
+    waits = []
+    for _ in range(8):
+        play.exchange(end=limited())
+        waits.append(play.wait_s())
+        assert play.bucket.hold_error is None
+        play.clock.leap(waits[-1])
+    play.exchange()
     play.exchange(end=limited())
+
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0])
+    assert play.wait_s() == pytest.approx(0.1)
+
+
+def test_herd_that_is_told_to_wait() -> None:
+    """Calls that were under way together and all hear the same count once."""
+    play = Play()
+    for _ in range(16):
+        play.exchange(end=limited())
+
+    assert play.wait_s() == pytest.approx(0.1)
+
+
+def test_failure_that_names_no_time() -> None:
+    """A failure without Retry-After says nothing about when: that is the breaker's business."""
+    play = Play()
+    play.exchange(end=errors.UpstreamFailed("broken"))
 
     assert play.wait_s() == 0
 
