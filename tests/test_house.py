@@ -25,6 +25,7 @@ NEIGHBOURS = {
     ("edge.accept.call", "edge.decode"),
     ("upstream.transport", "upstream.translate"),
     ("upstream.transport", "upstream.vectors"),
+    ("upstream.transport.pool", "upstream.translate"),
     ("upstream.builtin", "upstream.vectors"),
     ("upstream.translate.openai", "upstream.translate.told"),
     ("upstream.translate.ollama", "upstream.translate.told"),
@@ -39,6 +40,7 @@ HOMES = {
         "edge.accept.body",
         "upstream.attempt",
         "upstream.transport",
+        "upstream.transport.pool",
         "wiring.connection",
         "wiring.server",
     },
@@ -63,6 +65,7 @@ HOMES = {
     "pybase64": {"edge.encode", "upstream.vectors"},
     "tomli_w": {"wiring.cli"},
     "uvloop": {"wiring.cli"},
+    "yarl": {"upstream.transport.pool"},
 }
 
 # Another end of the journey, in place of translate and transport: not a station on the way.

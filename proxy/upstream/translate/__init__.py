@@ -16,19 +16,21 @@ from datetime import UTC
 from typing import Protocol
 
 from proxy.base.errors import RateLimited
-from proxy.base.messages import Batch, RateHints, Raw
+from proxy.base.messages import Batch, RateHints, Raw, message
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class HttpCall:
     """A POST to an upstream, ready to be sent as often as it takes."""
 
     url: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
+    """The same object in each call of a dialect: what is spelled of it is spelled once."""
     body: bytes
+    traceparent: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class RawAnswer:
     """What the upstream gave: still ungated, but in the order of the batch."""
 
@@ -106,11 +108,6 @@ def call_headers(profile: Profile, api_key: str, headers: Mapping[str, str]) -> 
     if api_key:
         spelled[profile.key_header] = f"Bearer {api_key}" if profile.key_header == "Authorization" else api_key
     return spelled
-
-
-def traced(headers: dict[str, str], batch: Batch) -> dict[str, str]:
-    """Return the headers with the trace of a batch, where it has one."""
-    return {**headers, "traceparent": batch.traceparent} if batch.traceparent else headers
 
 
 # --- when to come back ---

@@ -25,7 +25,6 @@ from proxy.upstream.translate import (
     call_headers,
     rate_hints,
     rate_limited,
-    traced,
     wait_s,
 )
 from proxy.upstream.translate.told import MAY_BE_POISON, Told, told
@@ -88,7 +87,7 @@ class Ollama:
             body["dimensions"] = batch.spec.dimensions
         # A caller may ask for `truncate`, as for `options`: both are part of what its vectors are stored under.
         body = {"truncate": False} | orjson.loads(batch.spec.params) | body
-        return HttpCall(self._url, traced(self._headers, batch), orjson.dumps(body))
+        return HttpCall(self._url, self._headers, orjson.dumps(body), batch.traceparent)
 
     def answer(
         self, batch: Batch, status: int, headers: Mapping[str, str], body: bytes, *, wall_now: float

@@ -29,7 +29,6 @@ from proxy.upstream.translate import (
     call_headers,
     rate_hints,
     rate_limited,
-    traced,
     wait_s,
 )
 from proxy.upstream.translate.told import MAY_BE_POISON, Told, told
@@ -111,7 +110,7 @@ class OpenAI:
             body["user"] = batch.user
         if batch.spec.params != b"{}":
             body = orjson.loads(batch.spec.params) | body
-        return HttpCall(self._url, traced(self._headers, batch), orjson.dumps(body))
+        return HttpCall(self._url, self._headers, orjson.dumps(body), batch.traceparent)
 
     def answer(
         self, batch: Batch, status: int, headers: Mapping[str, str], body: bytes, *, wall_now: float

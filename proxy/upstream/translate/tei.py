@@ -27,7 +27,6 @@ from proxy.upstream.translate import (
     openai,
     rate_hints,
     rate_limited,
-    traced,
     wait_s,
 )
 from proxy.upstream.translate.told import MAY_BE_POISON, Told, told
@@ -70,7 +69,7 @@ class Tei:
             body["dimensions"] = batch.spec.dimensions
         # A caller may ask for other than the first two: its parameters are part of what its vectors are stored under.
         body = {"normalize": True, "truncate": False} | orjson.loads(batch.spec.params) | body
-        return HttpCall(self._url, traced(self._headers, batch), orjson.dumps(body))
+        return HttpCall(self._url, self._headers, orjson.dumps(body), batch.traceparent)
 
     def answer(
         self, batch: Batch, status: int, headers: Mapping[str, str], body: bytes, *, wall_now: float

@@ -78,7 +78,7 @@ def test_key_and_headers_of_a_gateway() -> None:
 
     assert call.headers["Authorization"] == "Bearer k-1"
     assert call.headers["X-Team"] == "a"
-    assert call.headers["traceparent"] == "00-ab-cd-01"
+    assert call.traceparent == "00-ab-cd-01"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_key_trace_and_width(route: str) -> None:
 
     assert call.headers["Authorization"] == "Bearer k-1"
     assert call.headers["X-Team"] == "a"
-    assert call.headers["traceparent"] == "00-ab-cd-01"
+    assert call.traceparent == "00-ab-cd-01"
     assert body["dimensions"] == 4
 
 

@@ -11,8 +11,7 @@ import pytest
 from multidict import CIMultiDict
 
 from proxy.base.messages import RateHints
-from proxy.upstream.translate import MAX_LIMIT, Profile, call_headers, ollama, openai, rate_hints, tei, traced, wait_s
-from tests.fakes.stage import make_batch
+from proxy.upstream.translate import MAX_LIMIT, Profile, call_headers, ollama, openai, rate_hints, tei, wait_s
 
 WALL_NOW = 1_760_000_000.0
 
@@ -252,15 +251,6 @@ def test_key_in_its_header() -> None:
     assert azure["api-key"] == "k-1"
     assert "Authorization" not in azure
     assert set(call_headers(Profile(), "", {})) == {"Content-Type", "Accept"}
-
-
-def test_trace_of_one_batch() -> None:
-    """A trace is its own batch's: the headers that all calls share stay as they are."""
-    headers = {"Accept": "application/json"}
-
-    assert traced(headers, make_batch(traceparent="00-ab-cd-01")) == {**headers, "traceparent": "00-ab-cd-01"}
-    assert traced(headers, make_batch()) == {"Accept": "application/json"}
-    assert headers == {"Accept": "application/json"}
 
 
 # --- profiles ---

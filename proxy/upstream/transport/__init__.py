@@ -14,11 +14,11 @@ import itertools
 import os
 import ssl
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import aiohttp
+from aiohttp.http import HttpProcessingError
 
 from proxy.base.clock import Clock
 from proxy.base.errors import BadVectors, DeadlineExceeded, EmbeddingError, UpstreamFailed, UpstreamTimeout
@@ -27,6 +27,7 @@ from proxy.base.messages import Answer, Batch, Raw, Row
 from proxy.base.settings import TransportSettings
 from proxy.base.stage import Snapshot
 from proxy.upstream.translate import Dialect, HttpCall, RawAnswer
+from proxy.upstream.transport.pool import Line, Pool, TooLong
 from proxy.upstream.vectors import arrays, gate
 
 FAIR_TIMES = 5.0
@@ -39,7 +40,6 @@ TURN_BYTES = 512 * 1024
 
 _ANSWER_MARGIN_S = 0.02
 """An attempt ends this long before its deadline, so that the caller's answer is out by then."""
-_REQUEST_ID = "X-Request-Id"
 
 
 class Transport:
@@ -79,7 +79,7 @@ class Transport:
         self._tls = tls
         self._clock = clock
         self._observe = observe
-        self._pool: _Pool | None = None
+        self._pool: Pool | None = None
         self._is_closed = False
         self._typical_s: float | None = None
         """How long good answers take, a moving average."""
@@ -137,7 +137,7 @@ class Transport:
             raise UpstreamTimeout(message) from None
         return await self._answered(batch, status, headers, body)
 
-    async def _answered(self, batch: Batch, status: int, headers: Any, body: bytes) -> RawAnswer:
+    async def _answered(self, batch: Batch, status: int, headers: Mapping[str, str], body: bytes) -> RawAnswer:
         if len(body) <= TURN_BYTES:
             return self._dialect.answer(batch, status, headers, body, wall_now=time.time())
         body, rows = await thinned(body)
@@ -145,73 +145,51 @@ class Transport:
         await asyncio.sleep(0)  # the gate gets a turn of its own
         return replace(raw, vectors=[_filled(item, rows) for item in raw.vectors]) if rows else raw
 
-    async def _sent(self, call: HttpCall) -> tuple[int, Any, bytes]:
+    async def _sent(self, call: HttpCall) -> tuple[int, Mapping[str, str], bytes]:
         """Send a call, once more where a pooled connection was stale, and give foreign exceptions our names."""
         for is_last in (False, True):
             if self._is_closed:
                 raise UpstreamFailed(f"upstream {self._name!r} is no longer used")
-            pool = self._pool = self._pool or self._opened()
-            request_id = next(self._ids)
+            pool = self._pool = self._pool or Pool(
+                # Not before the first call: it belongs to the loop that runs then.
+                self._settings,
+                slots=self._slots,
+                keepalive_s=self._keepalive_s,
+                tls=self._tls,
+            )
             pool.users += 1
             try:
-                return await self._posted(pool.session, call, request_id)
-            except aiohttp.ServerTimeoutError as error:
-                connecting_s = self._settings.connect_timeout_s
-                raise UpstreamTimeout(f"upstream {self._name!r}: no connection within {connecting_s:g} s") from error
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                if is_last or request_id in pool.connector.fresh:
+                line = await self._connected(pool, call)
+                try:
+                    return await line.exchange(call, next(self._ids), max_bytes=self._settings.max_answer_bytes)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                    if is_last or line.is_fresh:
+                        raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
+                    self._observe(ConnectionStale(self._name))
+                    # Where one is stale, its neighbours are too: after a restart, all of them. A new pool has none.
+                    if self._pool is pool:
+                        self._pool = None
+                except (aiohttp.ClientError, HttpProcessingError) as error:
                     raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
-                self._observe(ConnectionStale(self._name))
-                # Where one is stale, its neighbours are too: after a restart, all of them. A new pool has none.
-                if self._pool is pool:
-                    self._pool = None
-            except aiohttp.ClientError as error:
-                raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
+                except TooLong:
+                    bound = self._settings.max_answer_bytes
+                    raise BadVectors(
+                        f"the answer of upstream {self._name!r} has more than {bound} bytes, the bound"
+                    ) from None
             finally:
-                pool.connector.fresh.discard(request_id)
                 pool.users -= 1
                 if pool is not self._pool and not pool.users:
-                    await pool.session.close()
+                    await pool.aclose()
         raise AssertionError("the second time either returns or raises")
 
-    async def _posted(self, session: aiohttp.ClientSession, call: HttpCall, request_id: str) -> tuple[int, Any, bytes]:
-        async with session.post(
-            call.url,
-            data=call.body,
-            headers={**call.headers, _REQUEST_ID: request_id},
-            allow_redirects=False,  # a redirect would carry the key to whoever it names
-            proxy=self._settings.http_proxy or None,
-        ) as response:
-            return response.status, response.headers, await self._read(response)
-
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """Read the whole body, bounded: `content_length` is the server's claim, the sum is what counts."""
-        bound = self._settings.max_answer_bytes
-        chunks: list[bytes] = []
-        size = 0
-        content = response.content
-        while chunk := await content.readany():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > bound:
-                raise BadVectors(f"the answer of upstream {self._name!r} has more than {bound} bytes, the bound")
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _opened(self) -> _Pool:
-        """Open a pool. Not before the first call: it belongs to the loop that runs then."""
-        connector = _Connector(
-            limit=self._slots,
-            keepalive_timeout=self._keepalive_s,
-            ttl_dns_cache=max(1, int(self._settings.dns_ttl_s)),
-            ssl=self._tls,
-        )
-        session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._settings.connect_timeout_s),
-            trust_env=False,  # wiring/config has looked; here it would be read anew for each call, and .netrc too
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-        return _Pool(connector, session)
+    async def _connected(self, pool: Pool, call: HttpCall) -> Line:
+        try:
+            return await pool.connect(call)
+        except TimeoutError as error:
+            connecting_s = self._settings.connect_timeout_s
+            raise UpstreamTimeout(f"upstream {self._name!r}: no connection within {connecting_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamFailed(f"upstream {self._name!r}: {_reason(error)}") from error
 
     def snapshot(self) -> Snapshot:
         return {"keepalive_s": self._keepalive_s, "slots": self._slots}
@@ -220,35 +198,8 @@ class Transport:
         """Close the pool and wait until its sockets are gone."""
         self._is_closed = True
         if self._pool is not None:
-            await self._pool.session.close()
+            await self._pool.aclose()
             await asyncio.sleep(0)
-
-
-@dataclass(slots=True)
-class _Pool:
-    """Connections to the upstream, and how many calls use them; the last one out of an abandoned pool closes it."""
-
-    connector: _Connector
-    session: aiohttp.ClientSession
-    users: int = 0
-
-
-class _Connector(aiohttp.TCPConnector):
-    """
-    Tells which requests have a connection of their own making; the others have a reused one, which may be stale.
-
-    aiohttp's TraceConfig tells it too, at 10 µs per call; this costs nothing where a connection is reused. The method
-    is one that aiohttp's own connectors override; should it ever be renamed, every reset looks stale to our tests.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.fresh: set[str] = set()
-        """Ids of requests in flight for which a connection was opened, or was to be."""
-
-    async def _create_connection(self, req: aiohttp.ClientRequest, traces: Any, timeout: aiohttp.ClientTimeout) -> Any:
-        self.fresh.update(req.headers.getall(_REQUEST_ID))  # `headers` of the settings may have one of their own
-        return await super()._create_connection(req, traces, timeout)
 
 
 async def thinned(body: bytes) -> tuple[bytes, list[Row]]:
@@ -298,7 +249,7 @@ def tls_context(settings: TransportSettings) -> ssl.SSLContext | bool:
     return context
 
 
-def _reason(error: aiohttp.ClientError) -> str:
+def _reason(error: Exception) -> str:
     """Say what went wrong in words of our own: a foreign message may hold anything."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return "its TLS certificate or handshake was not accepted (transport.ca_file names the CAs to trust)"
