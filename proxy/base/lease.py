@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.base.errors import EmbeddingError
-from proxy.base.messages import Limits
+from proxy.base.messages import Limits, message
 
 
 class Lease(Protocol):
@@ -47,7 +47,7 @@ class Wait:
     """What to tell whose deadline is before that instant."""
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Outlook:
     """What a model's upstreams can take at present, all of them together."""
 

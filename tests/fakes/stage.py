@@ -9,6 +9,7 @@ from typing import Any
 
 from proxy.base.keys import fingerprint, keys
 from proxy.base.messages import Batch, Input, Priority, Request, Row, Spec, size_bytes
+from proxy.base.stage import Beginning
 
 
 @dataclass
@@ -74,6 +75,79 @@ class AnsweringStage:
 
     async def aclose(self) -> None:
         pass
+
+
+class Begun:
+    """Obeys `Pending`: a call of a stage, in a task of its own, for all who wait for it."""
+
+    def __init__(self, stage: Any, message: Any) -> None:
+        self._task = asyncio.ensure_future(stage(message))
+        self._task.add_done_callback(lambda _: self._ended())
+        self._waiters: list[asyncio.Future[None]] = []
+        self._is_left = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_left or self._task.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        if not self.is_over:
+            return None
+        return asyncio.CancelledError() if self._is_left or self._task.cancelled() else self._task.exception()
+
+    def result(self) -> Any:
+        return self._task.result()
+
+    def join(self) -> asyncio.Future[None]:
+        self._waiters.append(asyncio.get_running_loop().create_future())
+        return self._waiters[-1]
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        self._waiters.remove(waiter)
+        if not self._waiters and not self._task.done():
+            self._is_left = True
+            self._task.cancel()
+
+    def _ended(self) -> None:
+        _ = self._task.cancelled() or self._task.exception()  # looked at
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class Begins:
+    """Obeys `Beginning`, in front of a stage that is called."""
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = stage
+        self._begun: list[Begun] = []
+
+    def begin(self, message: Any, /) -> Begun:
+        self._begun.append(Begun(self._stage, message))
+        return self._begun[-1]
+
+    def snapshot(self) -> Any:
+        return self._stage.snapshot()
+
+    async def aclose(self) -> None:
+        for begun in self._begun:
+            begun.cancel()
+        await self._stage.aclose()
+
+
+async def asked(stage: Beginning[Any, Any], message: Any) -> Any:
+    """Let a stage begin, and wait for what comes of it: as one who shares it with nobody."""
+    pending = stage.begin(message)
+    waiter = pending.join()
+    try:
+        await waiter
+    finally:
+        pending.leave(waiter)
+    return pending.result()
 
 
 def make_request(

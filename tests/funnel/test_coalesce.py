@@ -30,7 +30,7 @@ from proxy.base.events import Event, InputsJoined
 from proxy.base.messages import Request, Response
 from proxy.funnel.coalesce import Coalesce, is_leaders_own
 from tests.fakes.clock import settle
-from tests.fakes.stage import AnsweringStage, Call, ScriptedStage, make_request, rows_of
+from tests.fakes.stage import AnsweringStage, Begins, Call, ScriptedStage, make_request, rows_of
 
 LANDED = {"inputs_in_flight": 0}
 
@@ -55,7 +55,7 @@ class Room:
     def __init__(self) -> None:
         self.told: list[Event] = []
         self.inner = ScriptedStage()
-        self.stage = Coalesce(self.inner, observe=self.told.append)
+        self.stage = Coalesce(Begins(self.inner), observe=self.told.append)
 
     async def asks(self, *inputs: str, calls: int, **changes: Any) -> tuple[asyncio.Task[Response], list[Call]]:
         """Send a request; return it and the calls that it has led to, which are as many as expected."""
@@ -237,7 +237,7 @@ async def test_request_in_the_moment_of_landing() -> None:
         has_landed.set()
         return Response(rows_of(request.inputs), tokens=1)
 
-    stage = Coalesce(AnsweringStage(lands), observe=told.append)
+    stage = Coalesce(Begins(AnsweringStage(lands)), observe=told.append)
     first = asyncio.create_task(stage(make_request(("a",))))
     await has_landed.wait()
     still_known = stage.snapshot()
@@ -387,7 +387,7 @@ class SlowToLeave:
 async def test_request_while_an_abandoned_flight_ends() -> None:
     """A cancelled flight may take its time to end: who comes meanwhile starts another, which it does not disturb."""
     inner = SlowToLeave(UpstreamFailed("broke off"))
-    stage = Coalesce(inner, observe=lambda _: None)
+    stage = Coalesce(Begins(inner), observe=lambda _: None)
     first = asyncio.create_task(stage(make_request(("a",))))
     await settle()
     await left(first)
@@ -410,7 +410,7 @@ async def test_failure_that_nobody_waits_for() -> None:
     """A flight that fails after all have left fails in silence; see `_nobody_complains`."""
     inner = SlowToLeave(UpstreamFailed("broke off"))
     inner.gate.set()
-    stage = Coalesce(inner, observe=lambda _: None)
+    stage = Coalesce(Begins(inner), observe=lambda _: None)
     task = asyncio.create_task(stage(make_request(("a",))))
     await settle()
 
@@ -746,7 +746,7 @@ async def test_stage_that_is_closed_with_flights() -> None:
 async def test_stage_that_is_closed_without_flights() -> None:
     """Closing an idle stage does nothing."""
     stage = Coalesce(
-        AnsweringStage(lambda request: Response(rows_of(request.inputs), tokens=1)), observe=lambda _: None
+        Begins(AnsweringStage(lambda request: Response(rows_of(request.inputs), tokens=1))), observe=lambda _: None
     )
     await stage(make_request(("a",)))
 

@@ -10,7 +10,6 @@ it is, `portion` how much leaves and when, `estimate` what it weighs, `suspect` 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from proxy.base.clock import Clock
 from proxy.base.errors import WouldBeLate
 from proxy.base.events import Observer
 from proxy.base.lease import Leases
-from proxy.base.messages import Answer, Batch, Request, Response
+from proxy.base.messages import Answer, Batch, Request
 from proxy.base.settings import MicroBatchSettings
 from proxy.base.stage import Snapshot, Stage
 from proxy.funnel.microbatch.part import Part
@@ -42,7 +41,7 @@ def lateness(expected_s: float, left_s: float) -> WouldBeLate | None:
 
 
 class MicroBatch:
-    """Lets each request wait at its model's sender until its rows are there."""
+    """Lets each request wait at its model's sender; whoever began it shares what comes of it (`base/stage.py`)."""
 
     def __init__(
         self,
@@ -68,11 +67,12 @@ class MicroBatch:
             observe=observe,
         )
 
-    async def __call__(self, request: Request) -> Response:
+    def begin(self, request: Request) -> Part:
         """
+        Let a request wait for its turn; the response comes to all who join it, and it ends when the last one leaves.
+
         Raises:
-            WouldBeLate: at once, when what waits ahead takes longer than the deadline allows.
-            EmbeddingError: what befell the batch that carried one of the inputs.
+            WouldBeLate: what waits ahead takes longer than the deadline allows.
         """
         spec = request.spec
         sender = self._senders.get(spec.model)
@@ -82,13 +82,9 @@ class MicroBatch:
         expected_s = sender.expected_s(request.caller, request.priority, sum(costs))
         if expected_s and (error := lateness(expected_s, request.deadline - self._clock.now())):
             raise error
-        part = Part(request, costs, asyncio.get_running_loop().create_future())
+        part = Part(request, costs, sender.forget)
         sender.add(part)
-        try:
-            return await part.future
-        finally:
-            if part.missing:
-                sender.forget(part)
+        return part
 
     def expected_s(self) -> float:
         """Say how long it takes until all that waits is done: what a caller is told who finds the house full."""

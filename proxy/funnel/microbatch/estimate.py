@@ -67,6 +67,11 @@ class Drain:
         self._since: float | None = None
         self._measured_at = -math.inf
 
+    @property
+    def is_running(self) -> bool:
+        """Whether work has been waiting since it was last looked at."""
+        return self._since is not None
+
     def began(self, now: float) -> None:
         """Note that work has to wait."""
         if self._since is None:

@@ -41,7 +41,8 @@ class Lanes:
     """What waits for one model."""
 
     def __init__(self, bulk_share: float) -> None:
-        self._lanes = {Priority.INTERACTIVE: Lane(), Priority.BULK: Lane()}
+        self._queries, self._bulk = Lane(), Lane()
+        self._lanes = {Priority.INTERACTIVE: self._queries, Priority.BULK: self._bulk}
         self._bulk_share = bulk_share
         self._bulk_due = 0.0
 
@@ -50,20 +51,20 @@ class Lanes:
 
     @property
     def waiting(self) -> int:
-        return sum(lane.waiting for lane in self._lanes.values())
+        return self._queries.waiting + self._bulk.waiting
 
-    def turn(self) -> Priority | None:
-        """Say whose turn it is; None when nobody waits."""
-        has_bulk = self._lanes[Priority.BULK].head() is not None
-        if self._lanes[Priority.INTERACTIVE].head() is None:
-            return Priority.BULK if has_bulk else None
-        return Priority.BULK if has_bulk and self._bulk_due >= _ALMOST_ONE else Priority.INTERACTIVE
+    def turn(self) -> tuple[Priority, Piece] | None:
+        """Say whose turn it is, and what leaves then, or some of it; None when nobody waits."""
+        bulk, query = self._bulk.head(), self._queries.head()
+        if query is None or (bulk is not None and self._bulk_due >= _ALMOST_ONE):
+            return (Priority.BULK, bulk) if bulk is not None else None
+        return Priority.INTERACTIVE, query
 
     def served(self, priority: Priority) -> None:
         """Note that a batch of this class has left while others may have waited: bulk's claim grows or is met."""
         if priority is Priority.BULK:
             self._bulk_due = max(0.0, self._bulk_due - 1)
-        elif self._lanes[Priority.BULK].waiting:
+        elif self._bulk.waiting:
             self._bulk_due += self._bulk_share / (1 - self._bulk_share)
         else:
             self._bulk_due = 0.0
@@ -140,7 +141,7 @@ class Lane:
     # --- leaving without having been sent ---
 
     def forget(self, part: Part) -> None:
-        """Count a part no more whose future is done; its pieces are passed over when their turn comes."""
+        """Count a part no more that is over; its pieces are passed over when their turn comes."""
         self._discount(part)
         if self._gone > _COMPACT_AT + self.waiting:
             self._compact()
@@ -170,16 +171,21 @@ class Lane:
         parts = list(dict.fromkeys(span.part for piece in self._pieces() for span in piece.spans))
         for part in parts:
             part.unsent, part.unsent_tokens = 0, 0.0
+        self._empty()
+        return [part for part in parts if not part.is_over]
+
+    def _empty(self) -> None:
         for held in (self._front, self._callers, self._order, self._loads):
             held.clear()
         self._gone = self.waiting = 0
         self.waiting_tokens = 0.0
-        return [part for part in parts if not part.is_over]
 
     # --- looking ---
 
     def head(self) -> Piece | None:
         """Return the piece that leaves next, or some of it; None when nobody waits."""
+        if not self.waiting:
+            return None
         self._pass_over(self._front)
         if self._front:
             return self._front[0]
@@ -203,20 +209,12 @@ class Lane:
             for span in queue.popleft().spans:
                 self._discount(span.part)
 
-    def weight(self) -> tuple[float, float]:
-        """Return the tokens of what leaves next at the least, and of all that waits."""
-        piece = self.head()
-        if piece is None:
-            return 0.0, 0.0
+    def weight(self, piece: Piece) -> tuple[float, float]:
+        """Return the tokens of what leaves at the least, where this piece leaves next, and of all that waits."""
         if piece.is_sealed:
             return (tokens := sum(span.tokens for span in piece.spans)), tokens
         span = piece.spans[0]
         return span.part.costs[span.first], self.waiting_tokens
-
-    def sealed(self) -> Piece | None:
-        """Return the piece that leaves next if it leaves alone."""
-        piece = self.head()
-        return piece if piece is not None and piece.is_sealed else None
 
     def ahead_of(self, caller: str, tokens: float) -> float:
         """
@@ -247,19 +245,23 @@ class Lane:
 
     # --- taking ---
 
-    def take(self, limits: Limits) -> list[Span]:
+    def take(self, piece: Piece, limits: Limits, most: int) -> list[Span]:
         """
         Take what leaves next: inputs of one spec, callers in turn, as much as the limits allow and at least one.
 
         A sealed piece shares its batch with nobody; what of it the limits do not allow stays sealed.
 
+        Args:
+            piece: what `head()` says.
+            limits: of the call.
+            most: inputs, if they are to be fewer than the limits allow.
+
         Returns:
-            Spans in the order of the batch; empty when nothing waits.
+            Spans in the order of the batch.
         """
-        room = _Room(limits)
-        piece = self.head()
-        if piece is None:
-            return []
+        if (spans := self._only(piece, limits, most)) is not None:
+            return spans
+        room = _Room(limits, most)
         if not piece.is_sealed:
             self._fill(piece.spec, room)
         elif self._front:
@@ -271,9 +273,28 @@ class Lane:
             self._served(caller, piece.spec, tokens + self._move(piece, room))
         return room.spans
 
-    def top_up(self, spans: list[Span], limits: Limits) -> list[Span]:
+    def _only(self, piece: Piece, limits: Limits, most: int) -> list[Span] | None:
+        """Take the piece at the head if it is one whole request, all that waits, and fits: the usual case by far."""
+        spans = piece.spans
+        part = spans[0].part
+        inputs = self.waiting
+        if (
+            len(spans) > 1
+            or len(spans[0]) != inputs
+            or len(part.costs) != inputs
+            or inputs > most
+            or inputs > limits.max_inputs
+            or part.request.size_bytes > limits.max_bytes
+            or self.waiting_tokens > limits.max_tokens
+        ):
+            return None
+        part.unsent, part.unsent_tokens = 0, 0.0
+        self._empty()
+        return spans
+
+    def top_up(self, spans: list[Span], limits: Limits, most: int) -> list[Span]:
         """Fill what is left of the limits with further inputs of the same spec; returns those."""
-        room = _Room(limits, spans)
+        room = _Room(limits, most, spans)
         self._fill(spans[0].part.request.spec, room)
         return room.spans
 
@@ -342,15 +363,16 @@ class _Room:
 
     __slots__ = ("_bytes", "_inputs", "_is_begun", "_tokens", "is_full", "spans")
 
-    def __init__(self, limits: Limits, begun: Sequence[Span] = ()) -> None:
+    def __init__(self, limits: Limits, most: int, begun: Sequence[Span] = ()) -> None:
         """
         Args:
             limits: of the whole batch.
+            most: inputs of the whole batch, if they are to be fewer.
             begun: what it has already.
         """
         self._is_begun = bool(begun)
         """Else its first input may pass any bound."""
-        self._inputs = limits.max_inputs - sum(map(len, begun))
+        self._inputs = min(limits.max_inputs, most) - sum(map(len, begun))
         self._bytes = limits.max_bytes - sum(sum(s.part.request.sizes[s.first : s.last]) for s in begun)
         self._tokens = limits.max_tokens - sum(span.tokens for span in begun)
         self.spans: list[Span] = []
@@ -367,6 +389,16 @@ class _Room:
             How many inputs, and their tokens. The batch is full when the next one does not fit.
         """
         sizes, costs = span.part.request.sizes, span.part.costs
+        if (whole := len(span)) > 1 and whole <= self._inputs:
+            cost, size = span.tokens, sum(sizes[span.first : span.last])
+            if cost <= min(tokens, self._tokens) and size <= self._bytes:
+                self._is_begun = True
+                self._inputs -= whole
+                self._bytes -= size
+                self._tokens -= cost
+                self.is_full = self._inputs < 1
+                self._append(span)
+                return whole, cost
         index, spent = span.first, 0.0
         while index < span.last and spent < tokens and not self.is_full:
             size, cost = sizes[index], costs[index]

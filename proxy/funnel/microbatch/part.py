@@ -8,11 +8,11 @@ half-open ranges of its inputs, so a batch of several callers is a list of spans
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proxy.base.messages import Answer, Request, Response, Row, Spec
+from proxy.base.messages import Answer, Request, Response, Row, Spec, message
 
 if TYPE_CHECKING:
     from proxy.funnel.microbatch.sender import Flight
@@ -22,10 +22,14 @@ class Part:
     """A request on this side of the cache, until all its rows are there."""
 
     __slots__ = (
+        "_forget",
+        "_response",
+        "_waiters",
         "attempts",
         "costs",
+        "error",
         "flights",
-        "future",
+        "is_over",
         "missing",
         "queue_s",
         "request",
@@ -37,18 +41,20 @@ class Part:
         "upstream_s",
     )
 
-    def __init__(self, request: Request, costs: Sequence[float], future: asyncio.Future[Response]) -> None:
+    def __init__(self, request: Request, costs: Sequence[float], forget: Callable[[Part], None]) -> None:
         """
         Args:
             request: all its inputs have to be computed.
             costs: estimated tokens of each input.
-            future: gets the response.
+            forget: told when nobody waits for it any more, and something of it is still missing.
         """
         self.request = request
         self.costs = costs
-        self.future = future
         self.rows: list[Row | None] = [None] * len(request.inputs)
         self.missing = len(request.inputs)
+        self.is_over = False
+        """Whether nobody waits for it any more: its rows are there, it has failed, or all have left."""
+        self.error: BaseException | None = None
         self.unsent = 0
         """Inputs that wait in a lane."""
         self.unsent_tokens = 0.0
@@ -58,11 +64,35 @@ class Part:
         self.tokens = self.attempts = 0
         self.queue_s = self.upstream_s = 0.0
         self.upstream = ""
+        self._response: Response | None = None
+        self._forget = forget
+        self._waiters: list[asyncio.Future[None]] = []
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.future.done()
+    # --- who waits ---
+
+    def join(self) -> asyncio.Future[None]:
+        """See `base/stage.py`."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        if self.is_over:
+            waiter.set_result(None)
+        return waiter
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        """See `base/stage.py`."""
+        self._waiters.remove(waiter)
+        if self.missing and not self._waiters:
+            self.failed(asyncio.CancelledError())
+            self._forget(self)
+
+    def result(self) -> Response:
+        """See `base/stage.py`."""
+        if self.error is not None:
+            raise self.error
+        assert self._response is not None
+        return self._response
+
+    # --- what comes of it ---
 
     def landed(self, first: int, last: int, rows: Sequence[Row], tokens: int, answer: Answer, queue_s: float) -> None:
         """Take the rows of a span; with the last of them the response is complete."""
@@ -73,15 +103,23 @@ class Part:
         self.upstream = self.upstream or answer.upstream
         self.queue_s = max(self.queue_s, queue_s)
         self.upstream_s = max(self.upstream_s, answer.upstream_s)
-        if not self.missing and not self.future.done():
-            self.future.set_result(self._response())
+        if not self.missing and not self.is_over:
+            self._response = self._put_together()
+            self._end()
 
     def failed(self, error: BaseException) -> None:
         """End it with an error; what it still has in other batches interests nobody any more."""
-        if not self.future.done():
-            self.future.set_exception(error)
+        if not self.is_over:
+            self.error = error
+            self._end()
 
-    def _response(self) -> Response:
+    def _end(self) -> None:
+        self.is_over = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _put_together(self) -> Response:
         rows: Any = tuple(self.rows)  # none is missing
         return Response(
             rows,
@@ -93,7 +131,7 @@ class Part:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Span:
     """A half-open range of a part's inputs."""
 
@@ -137,7 +175,7 @@ class Piece:
     def is_over(self) -> bool:
         """Whether nobody waits for any of it."""
         if len(self.spans) == 1:
-            return self.spans[0].part.future.done()
+            return self.spans[0].part.is_over
         return all(span.part.is_over for span in self.spans)
 
     @property

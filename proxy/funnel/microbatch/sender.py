@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from proxy.base.clock import Clock
 from proxy.base.errors import EmbeddingError
@@ -184,16 +184,18 @@ class Sender:
         hold, self._hold = self._hold, None
         together: Counter[Priority] = Counter()
         """Batches that leave at this moment."""
-        while (priority := self._lanes.turn()) is not None:
+        while (turn := self._lanes.turn()) is not None:
+            priority, piece = turn
+            lane = self._lanes[priority]
             now = self._clock.now()
             outlook = self._leases.outlook(self._model)
-            target = self._target(priority, now, outlook)
-            hold_s = self._hold_s(priority, now, target, outlook)
+            target = self._portions[priority].target(now, lane.waiting + self._flying[priority], outlook)
+            hold_s = 0.0 if piece.is_sealed else self._hold_s(priority, now, target, outlook)
             if hold_s > 0:
                 self._wake_at(now + hold_s)
                 return
             try:
-                least, wish = self._lanes[priority].weight()
+                least, wish = lane.weight(piece)
                 lease = self._leases.take(self._model, least=least, wish=wish)
             except EmbeddingError as error:
                 self._refuse_all(error)
@@ -201,20 +203,15 @@ class Sender:
             if isinstance(lease, Wait):
                 self._wait(lease, hold, now)
                 return
-            free = outlook.slots - outlook.busy
-            ahead = min(free, -(-self._lanes[priority].waiting // target)) + together[priority]
+            ahead = min(outlook.slots - outlook.busy, -(-lane.waiting // target)) + together[priority]
             size = spread(target, together[priority], ahead, outlook)
             together[priority] += 1
-            self._leave(lease, priority, size, outlook, now)
-
-    def _target(self, priority: Priority, now: float, outlook: Outlook) -> int:
-        outstanding = self._lanes[priority].waiting + self._flying[priority]
-        return self._portions[priority].target(now, outstanding, outlook)
+            self._leave(lease, priority, piece, size, outlook, now)
 
     def _hold_s(self, priority: Priority, now: float, target: int, outlook: Outlook) -> float:
         """Say how long a free slot should wait for more of a class."""
         lane = self._lanes[priority]
-        if outlook.busy >= outlook.slots or outlook.is_paced or lane.sealed():
+        if outlook.busy >= outlook.slots or outlook.is_paced:
             return 0.0
         if lane.waiting >= self._limits.max_inputs or lane.waiting_tokens >= self._limits.max_tokens:
             return 0.0  # more would not fit
@@ -260,19 +257,21 @@ class Sender:
 
     # --- composing ---
 
-    def _leave(self, lease: Lease, priority: Priority, target: int, outlook: Outlook, now: float) -> None:
+    def _leave(self, lease: Lease, priority: Priority, piece: Piece, target: int, outlook: Outlook, now: float) -> None:
         """Fill a batch for this lease and send it."""
-        lane = self._lanes[priority]
-        piece = lane.sealed()
         limits = self._limits = lease.limits
+        trial, most = piece.trial, limits.max_inputs
         if lease.is_probe:
-            limits = replace(limits, max_inputs=1)
-        elif piece is None and not outlook.is_paced:
-            limits = _narrowed(limits, target, outlook, self._settings.bulk_call_s, priority)
-        spans = lane.take(limits)
-        if outlook.is_paced and piece is None:
+            most = 1
+        elif not piece.is_sealed and not outlook.is_paced:
+            most = max(target, least(outlook))
+            if priority is Priority.BULK:  # no more than a call should last
+                most = min(most, affordable(outlook, self._settings.bulk_call_s))
+        is_topped_up = outlook.is_paced and not piece.is_sealed
+        spans = self._lanes[priority].take(piece, limits, most)
+        if is_topped_up:
             other = self._lanes[Priority.BULK if priority is Priority.INTERACTIVE else Priority.INTERACTIVE]
-            spans += other.top_up(spans, limits)
+            spans += other.top_up(spans, limits, most)
         self._lanes.served(priority)
         self._portions[priority].left()
         flight = Flight(
@@ -281,8 +280,8 @@ class Sender:
             lease=lease,
             left_at=now,
             inputs=sum(map(len, spans)),
-            tokens=sum(span.tokens for span in spans),
-            trial=piece.trial if piece else None,
+            tokens=sum([span.tokens for span in spans]),
+            trial=trial,
         )
         lease.charge(flight.tokens)
         batch = _batch(flight)
@@ -315,7 +314,7 @@ class Sender:
             if defect is not None:
                 span.part.failed(defect)
             elif task.cancelled():
-                span.part.future.cancel()
+                span.part.failed(asyncio.CancelledError())
         flight.lease.release()
         self.wake()
 
@@ -328,19 +327,22 @@ class Sender:
         spans = flight.spans
         tokens = [answer.tokens] if len(spans) == 1 else shares(answer.tokens, [span.tokens for span in spans])
         longest_s, at = 0.0, 0
-        done = dict.fromkeys(self._drains, 0.0)
         for span, counted in zip(spans, tokens, strict=True):
-            queue_s = flight.left_at - span.part.request.arrived + answer.queue_s
-            longest_s = max(longest_s, queue_s)
-            done[span.part.request.priority] += span.tokens
-            span.part.landed(span.first, span.last, answer.rows[at : at + len(span)], counted, answer, queue_s)
-            at += len(span)
+            part, end = span.part, at + span.last - span.first
+            queue_s = flight.left_at - part.request.arrived + answer.queue_s
+            if queue_s > longest_s:
+                longest_s = queue_s
+            part.landed(span.first, span.last, answer.rows[at:end], counted, answer, queue_s)
+            at = end
         if flight.trial is not None:
             self._acquit(flight.trial, now)
         if not batch.spec.is_tokens:
             self._tokens.learn(batch.size_bytes, flight.inputs, answer.tokens)
         for priority, drain in self._drains.items():
-            drain.done(now, done[priority], is_more=bool(self._lanes[priority].waiting))
+            waiting = self._lanes[priority].waiting
+            if waiting or drain.is_running:
+                tokens_done = sum([span.tokens for span in spans if span.part.request.priority is priority])
+                drain.done(now, tokens_done, is_more=bool(waiting))
         self._observe(BatchFinished(self._model, answer.upstream, flight.inputs, longest_s, answer.upstream_s))
 
     def _failed(self, flight: Flight, error: EmbeddingError) -> None:
@@ -418,21 +420,13 @@ class Sender:
         """End what still waits or is under way; there is nothing when all requests have been answered."""
         for priority in Priority:
             for part in self._lanes[priority].clear():
-                part.future.cancel()
+                part.failed(asyncio.CancelledError())
         tasks = [flight.task for flight in self._flights if flight.task is not None]
         if self._alarm is not None:
             tasks.append(self._alarm)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _narrowed(limits: Limits, target: int, outlook: Outlook, call_s: float, priority: Priority) -> Limits:
-    """Take no more than the slot's share, and of bulk no more than a call should last."""
-    inputs = min(limits.max_inputs, max(target, least(outlook)))
-    if priority is Priority.BULK:
-        inputs = min(inputs, affordable(outlook, call_s))
-    return replace(limits, max_inputs=inputs)
 
 
 def _batch(flight: Flight) -> Batch:

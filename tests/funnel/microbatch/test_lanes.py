@@ -37,7 +37,7 @@ class Hall:
         inputs = tuple(f"text {index}" for index in range(len(costs)))
         sizes = tuple(sizes) if sizes is not None else (1,) * len(costs)
         request = make_request(inputs, sizes=sizes, size_bytes=sum(sizes), **changes)
-        return Part(request, list(costs), self._loop.create_future())
+        return Part(request, list(costs), self.lane.forget)
 
     def comes(self, caller: str, *costs: float, is_sealed: bool = False, **changes: object) -> Part:
         """Let a request wait in one piece."""
@@ -47,11 +47,25 @@ class Hall:
 
     def leaves(self, part: Part) -> None:
         """Let its caller leave."""
-        part.future.cancel()
+        part.failed(asyncio.CancelledError())
         self.lane.forget(part)
 
+    def spans(self, limits: Limits = ROOMY) -> list[Span]:
+        """Take what leaves next."""
+        piece = self.lane.head()
+        return self.lane.take(piece, limits, limits.max_inputs) if piece else []
+
     def takes(self, limits: Limits = ROOMY) -> list[tuple[Part, int, int]]:
-        return [(span.part, span.first, span.last) for span in self.lane.take(limits)]
+        return [(span.part, span.first, span.last) for span in self.spans(limits)]
+
+    def weight(self) -> tuple[float, float]:
+        piece = self.lane.head()
+        return self.lane.weight(piece) if piece else (0.0, 0.0)
+
+    @property
+    def has_sealed_head(self) -> bool:
+        piece = self.lane.head()
+        return piece is not None and piece.is_sealed
 
     def numbers(self) -> tuple[int, float, int]:
         """Return the waiting inputs, their tokens, and how many callers they are of."""
@@ -80,10 +94,12 @@ class Stairs:
 
     def turn(self) -> Priority | None:
         """Let one input leave; returns its class."""
-        priority = self.lanes.turn()
-        if priority is not None:
-            assert len(self.lanes[priority].take(Limits(1, 1000))) == 1
-            self.lanes.served(priority)
+        turn = self.lanes.turn()
+        if turn is None:
+            return None
+        priority, piece = turn
+        assert len(self.lanes[priority].take(piece, Limits(100, 1000), 1)) == 1
+        self.lanes.served(priority)
         return priority
 
     @property
@@ -138,13 +154,14 @@ def test_bulk_that_comes_while_interactive_is_served(still_loop: asyncio.Abstrac
 def test_class_whose_callers_have_left(still_loop: asyncio.AbstractEventLoop) -> None:
     """A turn goes to somebody who is still there, even before the lane has heard that the others have left."""
     stairs = Stairs(still_loop, 0.2)
-    stairs.comes(INTERACTIVE).future.cancel()
+    stairs.comes(INTERACTIVE).failed(asyncio.CancelledError())
     bulk = stairs.comes(BULK)
 
     first = stairs.lanes.turn()
-    bulk.future.cancel()
+    assert first is not None
+    bulk.failed(asyncio.CancelledError())
 
-    assert first is BULK
+    assert first[0] is BULK
     assert stairs.lanes.turn() is None
     assert stairs.lanes.waiting == 0
 
@@ -280,7 +297,7 @@ def test_any_callers_that_always_wait(
     largest = max(map(max, costs))
 
     for inputs in batches:
-        for span in hall.lane.take(Limits(inputs, 1000_000)):
+        for span in hall.spans(Limits(inputs, 1000_000)):
             tokens[span.part.request.caller] += span.tokens
 
         assert max(tokens.values()) - min(tokens.values()) <= TAKEN_APART + 2 * largest
@@ -301,7 +318,7 @@ def test_any_callers_of_different_specs(
     tokens: Counter[str] = Counter({str(index): 0 for index in range(len(costs))})
 
     for inputs in batches:
-        for span in hall.lane.take(Limits(inputs, 1000_000)):
+        for span in hall.spans(Limits(inputs, 1000_000)):
             tokens[span.part.request.caller] += span.tokens
 
         a_batch = max(batches) * max(costs)
@@ -433,7 +450,7 @@ def test_sealed_piece(hall: Hall) -> None:
 
     batches = []
     while hall.lane.waiting:
-        batches.append((hall.lane.sealed() is not None, hall.takes()))
+        batches.append((hall.has_sealed_head, hall.takes()))
 
     assert (True, [(part, 1, 2)]) in batches
     assert [spans for is_sealed, spans in batches if not is_sealed] in (
@@ -466,13 +483,13 @@ def test_sealed_piece_over_the_limits(hall: Hall) -> None:
     hall.lane.add(Piece([Span(part, 0, 2) for part in parts], is_sealed=True), in_front=True)
     hall.comes("z", 5)
 
-    first, rest = hall.takes(Limits(3, 1000)), hall.lane.sealed()
+    first, rest = hall.takes(Limits(3, 1000)), hall.has_sealed_head
     second = hall.takes(Limits(3, 1000))
 
     assert first == [(parts[0], 0, 2), (parts[1], 0, 1)]
-    assert rest is not None
+    assert rest
     assert second == [(parts[1], 1, 2)]
-    assert hall.lane.sealed() is None
+    assert not hall.has_sealed_head
 
 
 def test_sealed_piece_that_somebody_has_left(hall: Hall) -> None:
@@ -480,8 +497,8 @@ def test_sealed_piece_that_somebody_has_left(hall: Hall) -> None:
     parts = [hall.part([5], caller=caller) for caller in "xyz"]
     for spans in ([Span(parts[2], 0, 1)], [Span(parts[0], 0, 1), Span(parts[1], 0, 1)]):
         hall.lane.add(Piece(spans, is_sealed=True), in_front=True)
-    parts[0].future.cancel()
-    parts[2].future.cancel()
+    parts[0].failed(asyncio.CancelledError())
+    parts[2].failed(asyncio.CancelledError())
 
     taken = [hall.takes(), hall.takes()]
 
@@ -516,7 +533,7 @@ def test_batch_that_is_topped_up(hall: Hall, limits: Limits, more: int) -> None:
     hall.comes("x", *[5.0] * 4, sizes=(3,) * 4)
     hall.comes("y", *[5.0] * 4, sizes=(3,) * 4, spec=OTHER)
 
-    spans = hall.lane.top_up([Span(begun, 0, 3)], limits)
+    spans = hall.lane.top_up([Span(begun, 0, 3)], limits, limits.max_inputs)
 
     assert sum(map(len, spans)) == more
     assert hall.lane.waiting == 8 - more
@@ -528,7 +545,7 @@ def test_batch_that_is_topped_up_with_nothing_suspect(hall: Hall) -> None:
     hall.comes("x", 5, is_sealed=True)
     other = hall.comes("y", 5)
 
-    assert hall.lane.top_up([Span(begun, 0, 1)], ROOMY) == [Span(other, 0, 1)]
+    assert hall.lane.top_up([Span(begun, 0, 1)], ROOMY, 100) == [Span(other, 0, 1)]
     assert hall.lane.waiting == 1
 
 
@@ -537,12 +554,12 @@ def test_batch_that_is_topped_up_with_nothing_suspect(hall: Hall) -> None:
 
 def test_weight_of_what_leaves_next(hall: Hall) -> None:
     """Asking for a lease needs the tokens of the next input, and of all that could leave with it."""
-    empty = hall.lane.weight()
+    empty = hall.weight()
     hall.comes("x", 7, 5)
     hall.comes("y", 5)
 
     assert empty == (0.0, 0.0)
-    assert hall.lane.weight() == (7.0, 17.0)
+    assert hall.weight() == (7.0, 17.0)
 
 
 def test_weight_of_a_sealed_piece(hall: Hall) -> None:
@@ -551,7 +568,7 @@ def test_weight_of_a_sealed_piece(hall: Hall) -> None:
     part = hall.part([7, 8])
     hall.lane.add(Piece([Span(part, 0, 2)], is_sealed=True), in_front=True)
 
-    assert hall.lane.weight() == (15.0, 15.0)
+    assert hall.weight() == (15.0, 15.0)
 
 
 @pytest.mark.parametrize(
@@ -586,7 +603,7 @@ def test_parts_that_wait(hall: Hall) -> None:
     one, gone = hall.comes("x", 5, 5), hall.comes("x", 5)
     front = hall.part([5])
     hall.lane.add(Piece([Span(front, 0, 1)], is_sealed=True), in_front=True)
-    gone.future.cancel()
+    gone.failed(asyncio.CancelledError())
 
     assert list(hall.lane.parts()) == [front, one]
 
@@ -597,7 +614,7 @@ def test_lane_that_is_cleared(hall: Hall) -> None:
     hall.takes(Limits(1, 1000))
     front = hall.part([5])
     hall.lane.add(Piece([Span(front, 0, 1)], is_sealed=True), in_front=True)
-    gone.future.cancel()
+    gone.failed(asyncio.CancelledError())
 
     cleared = hall.lane.clear()
     for part in (one, gone, front):
@@ -645,7 +662,7 @@ def test_caller_that_leaves_when_some_of_it_has_left(hall: Hall) -> None:
 def test_caller_that_leaves_in_the_middle_of_a_batch(hall: Hall) -> None:
     """Between two that stay, who has left is passed over."""
     first, gone, last = hall.comes("x", 5), hall.comes("x", 5), hall.comes("x", 5)
-    gone.future.cancel()
+    gone.failed(asyncio.CancelledError())
 
     assert hall.takes() == [(first, 0, 1), (last, 0, 1)]
     assert hall.numbers() == (0, 0.0, 0)
@@ -657,15 +674,15 @@ def test_memory_of_who_has_left(hall: Hall, callers: int, specs: int) -> None:
     """While nothing can leave, what has been forgotten does not pile up, whosever it was and of whichever spec."""
     hall.comes("0", 5)
     hall.comes("0", 5, spec=Spec("m", dimensions=1))
-    futures = []
+    held = []
     for index in range(1000):
         part = hall.comes(str(index % callers), 5, spec=Spec("m", dimensions=1 + index % specs))
-        futures.append(weakref.ref(part.future))
+        held.append(weakref.ref(part.flights))  # a part has slots: one of its sets stands for it
         hall.leaves(part)
     del part
     gc.collect()
 
-    assert sum(future() is not None for future in futures) <= 70
+    assert sum(one() is not None for one in held) <= 70
     assert hall.numbers() == (2, 10.0, 1)
     assert len(hall.takes()) + len(hall.takes()) == 2
     assert hall.takes() == []
@@ -719,12 +736,12 @@ class Naive:
                 self.waiting |= (inputs := inputs_of(spans))
                 self.sealed |= inputs
         elif verb == "tops up" and self.taken:
-            spans = lane.top_up(self.taken[-1], Limits(number, 1000))
+            spans = lane.top_up(self.taken[-1], Limits(number, 1000), number)
             self.left(spans)
             assert not inputs_of(spans) & self.sealed
             assert {span.part.request.spec for span in spans} <= {self.taken[-1][0].part.request.spec}
         elif verb.startswith("leaves") and len(alive) > number:
-            alive[number].future.cancel()
+            alive[number].failed(asyncio.CancelledError())
             self.waiting = {(part, index) for part, index in self.waiting if part is not alive[number]}
             if verb == "leaves":
                 lane.forget(alive[number])
@@ -733,9 +750,9 @@ class Naive:
             self.waiting.clear()
 
     def takes(self, limits: Limits) -> None:
-        had_sealed = self.hall.lane.sealed() is not None
-        least, wish = self.hall.lane.weight()
-        spans = self.hall.lane.take(limits)
+        had_sealed = self.hall.has_sealed_head
+        least, wish = self.hall.weight()
+        spans = self.hall.spans(limits)
         inputs = inputs_of(spans)
         assert bool(spans) == bool(self.waiting)
         self.left(spans)

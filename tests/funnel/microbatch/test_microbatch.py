@@ -24,7 +24,7 @@ from proxy.base.settings import MicroBatchSettings
 from proxy.funnel.microbatch import MicroBatch, lateness
 from tests.fakes.clock import HandClock, settle
 from tests.fakes.leases import ROOMY, UNMEASURED, ScriptedLeases
-from tests.fakes.stage import Call, ScriptedStage, make_request, rows_of
+from tests.fakes.stage import Call, ScriptedStage, asked, make_request, rows_of
 
 NOW = 1000.0
 MEASURED = Outlook(0, 0, fixed_s=0.030, per_input_s=0.001)
@@ -59,7 +59,7 @@ class Room:
 
     def asks(self, *inputs: Any, **changes: Any) -> asyncio.Task[Response]:
         """Send a request."""
-        return asyncio.create_task(self.stage(make_request(inputs, **({"now": self.clock.now()} | changes))))
+        return asyncio.create_task(asked(self.stage, make_request(inputs, **({"now": self.clock.now()} | changes))))
 
     async def call(self, *inputs: str) -> Call:
         """Return the oldest call that nobody has answered yet, which is of these inputs."""

@@ -21,7 +21,7 @@ SAME_EACH_TIME = settings(deadline=None, derandomize=True, max_examples=200)
 
 def part_of(loop: asyncio.AbstractEventLoop, *inputs: str, **changes: str) -> Part:
     """Make a part whose inputs cost what their length is."""
-    return Part(make_request(inputs, **changes), [float(len(text)) for text in inputs], loop.create_future())
+    return Part(make_request(inputs, **changes), [float(len(text)) for text in inputs], lambda _: None)
 
 
 def answered(tokens: int = 0, upstream: str = "u", upstream_s: float = 0.0, attempts: int = 1) -> Answer:
@@ -70,9 +70,9 @@ def test_piece_and_its_part(still_loop: asyncio.AbstractEventLoop) -> None:
     """A piece is of the spec and the caller of its first span, and over when nobody waits for any of it."""
     one, other = part_of(still_loop, "a", "bb", caller="one"), part_of(still_loop, "c", caller="other")
     piece = Piece([Span(one, 1, 2), Span(other, 0, 1)])
-    one.future.cancel()
+    one.failed(asyncio.CancelledError())
     is_over = piece.is_over
-    other.future.cancel()
+    other.failed(asyncio.CancelledError())
 
     assert (piece.spec, piece.caller) == (one.request.spec, "one")
     assert [len(span) for span in piece.spans] == [1, 1]
@@ -163,7 +163,7 @@ def test_request_that_lands_at_once(still_loop: asyncio.AbstractEventLoop) -> No
     part.landed(0, 2, rows_of(("a", "b")), 7, answered(upstream_s=2.0, attempts=3), 0.5)
 
     assert part.is_over
-    assert part.future.result() == Response(
+    assert part.result() == Response(
         rows_of(("a", "b")), tokens=7, upstream="u", queue_s=0.5, upstream_s=2.0, attempts=3
     )
 
@@ -179,7 +179,7 @@ def test_request_that_lands_in_pieces(still_loop: asyncio.AbstractEventLoop) -> 
 
     assert not was_over
     assert missing == 1
-    assert part.future.result() == Response(
+    assert part.result() == Response(
         rows_of(("a", "b", "c")), tokens=7, upstream="third", queue_s=0.7, upstream_s=9.0, attempts=4
     )
 
@@ -198,8 +198,8 @@ def test_any_order_of_landings(still_loop: asyncio.AbstractEventLoop, sizes: lis
         assert not part.is_over
         part.landed(first, last, rows_of(inputs[first:last]), last - first, answered(), 0.0)
 
-    assert part.future.result().rows == rows_of(inputs)
-    assert part.future.result().tokens == len(inputs)
+    assert part.result().rows == rows_of(inputs)
+    assert part.result().tokens == len(inputs)
 
 
 def test_request_that_fails(still_loop: asyncio.AbstractEventLoop) -> None:
@@ -210,15 +210,15 @@ def test_request_that_fails(still_loop: asyncio.AbstractEventLoop) -> None:
     part.failed(UpstreamFailed("again"))
     part.landed(0, 2, rows_of(("a", "b")), 2, answered(), 0.0)
 
-    assert part.future.exception() is failure
+    assert part.error is failure
 
 
 def test_request_whose_caller_has_left(still_loop: asyncio.AbstractEventLoop) -> None:
     """What lands or fails for a caller that has left is dropped."""
     part = part_of(still_loop, "a")
-    part.future.cancel()
+    part.failed(asyncio.CancelledError())
 
     part.landed(0, 1, rows_of(("a",)), 1, answered(), 0.0)
     part.failed(UpstreamFailed("broken"))
 
-    assert part.future.cancelled()
+    assert isinstance(part.error, asyncio.CancelledError)

@@ -73,14 +73,14 @@ class Room:
         """Let a request wait from now on."""
         request = make_request(inputs, **({"now": self.clock.now()} | changes))
         costs = self.sender.costs(request.sizes, is_tokens=request.spec.is_tokens)
-        part = Part(request, costs, asyncio.get_running_loop().create_future())
+        part = Part(request, costs, self.sender.forget)
         self.parts.append(part)
         self.sender.add(part)
         return part
 
     async def leaves(self, part: Part) -> None:
         """Let its caller leave."""
-        part.future.cancel()
+        part.failed(asyncio.CancelledError())
         self.sender.forget(part)
         await settle()
 
@@ -128,8 +128,7 @@ async def _nothing_is_left() -> AsyncIterator[None]:
         await settle()
         room.check()
         for part in room.parts:
-            assert part.future.done()
-            _ = part.future.cancelled() or part.future.exception()  # looked at, as its caller would
+            assert part.is_over
 
     assert complaints == []
 
@@ -141,7 +140,7 @@ def answer(call: Call, **changes: Any) -> None:
 
 
 def gets_its_rows(part: Part) -> bool:
-    return part.future.done() and part.future.result().rows == rows_of(part.request.inputs)
+    return part.is_over and part.result().rows == rows_of(part.request.inputs)
 
 
 async def finish(room: Room, poison: Callable[[Batch], EmbeddingError | None] = lambda _: None) -> int:
@@ -186,7 +185,7 @@ async def test_request_that_meets_a_free_slot() -> None:
     )
     assert lease.charges == [call.message.tokens]
     assert in_flight == (1, 2)
-    assert part.future.result() == Response(
+    assert part.result() == Response(
         rows_of(("a", "é")), tokens=9, upstream="u", queue_s=0.5, upstream_s=1.5, attempts=2
     )
     assert room.told == [BatchFinished("m", "u", inputs=2, queue_s=0.5, upstream_s=1.5)]
@@ -283,8 +282,8 @@ async def test_batch_of_what_waits_when_it_can_leave() -> None:
     await settle()
 
     assert all(gets_its_rows(part) for part in parts)
-    assert [part.future.result().tokens for part in parts] == [2] * 6
-    assert [part.future.result().queue_s for part in parts] == pytest.approx([0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
+    assert [part.result().tokens for part in parts] == [2] * 6
+    assert [part.result().queue_s for part in parts] == pytest.approx([0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
     assert room.told[-1] == BatchFinished("m", "u", inputs=6, queue_s=pytest.approx(0.06), upstream_s=0.5)
 
 
@@ -561,10 +560,10 @@ async def test_deadlines_before_the_end_of_a_hold() -> None:
     room.leases.say(Wait(NOW + 3, failure))
     await settle()
 
-    errors = [parts[index].future.exception() for index in (0, 1, 3)]
+    errors = [parts[index].error for index in (0, 1, 3)]
     assert all(isinstance(error, RateLimited) and error.retry_after_s == 3 for error in errors)
     assert len({id(error) for error in (*errors, failure)}) == 4
-    assert not parts[2].future.done()
+    assert not parts[2].is_over
     for index in (0, 1, 3):
         room.sender.forget(parts[index])
     room.leases.word = None
@@ -580,11 +579,11 @@ async def test_request_that_comes_during_a_hold() -> None:
     await settle()
     asked = len(room.leases.asked)
     hasty = room.comes("hasty", deadline=NOW + 3)
-    is_told = hasty.future.done()
+    is_told = hasty.is_over
     await settle()
 
     assert is_told
-    assert isinstance(hasty.future.exception(), RateLimited)
+    assert isinstance(hasty.error, RateLimited)
     assert len(room.leases.asked) == asked == 1
     room.leases.word = None
     await room.clock.advance(3)
@@ -599,7 +598,7 @@ async def test_hold_that_ends_early() -> None:
     room.leases.say(Wait(NOW + 60, RateLimited("later")))
     refused = room.comes("refused")
     await settle()
-    assert isinstance(refused.future.exception(), RateLimited)
+    assert isinstance(refused.error, RateLimited)
     room.sender.forget(refused)
 
     room.leases.say(None)
@@ -619,10 +618,10 @@ async def test_hold_that_becomes_longer() -> None:
         room.leases.word = Wait(NOW + until, RateLimited(f"until {until}"))
         room.sender.wake()
         await settle()
-        refused.append([part.future.done() for part in parts])
+        refused.append([part.is_over for part in parts])
 
     assert refused == [[False] * 3, [False] * 3, [True, False, False], [True, False, False], [True, True, False]]
-    assert [part.future.exception().message for part in parts[:2]] == ["until 5", "until 7"]
+    assert [part.error.message for part in parts[:2]] == ["until 5", "until 7"]
     await room.leaves(parts[2])
 
 
@@ -638,7 +637,7 @@ async def test_nobody_can_serve(failure: EmbeddingError) -> None:
     room.leases.say(failure)
     await settle()
 
-    errors = [part.future.exception() for part in (*parts, long)]
+    errors = [part.error for part in (*parts, long)]
     assert {type(error) for error in errors} == {type(failure)}
     assert {error.retry_after_s for error in errors} == {failure.retry_after_s}
     assert len({id(error) for error in (*errors, failure)}) == 8
@@ -653,7 +652,7 @@ async def test_request_that_comes_while_nobody_can_serve() -> None:
     part = room.comes("a")
     await settle(2)
 
-    assert isinstance(part.future.exception(), CircuitOpen)
+    assert isinstance(part.error, CircuitOpen)
 
 
 async def test_batch_in_flight_when_nobody_can_serve_any_more() -> None:
@@ -668,7 +667,7 @@ async def test_batch_in_flight_when_nobody_can_serve_any_more() -> None:
     answer(call)
     await settle()
 
-    assert isinstance(waiting.future.exception(), CircuitOpen)
+    assert isinstance(waiting.error, CircuitOpen)
     assert gets_its_rows(flying)
 
 
@@ -721,7 +720,7 @@ async def test_calls_per_minute_as_the_bottleneck() -> None:
     await settle()
 
     assert in_flight == 6
-    assert all(gets_its_rows(part) and part.future.result().tokens == 2 for part in queries)
+    assert all(gets_its_rows(part) and part.result().tokens == 2 for part in queries)
     assert bulk.missing == 3
     await finish(room)
     assert gets_its_rows(bulk)
@@ -775,7 +774,7 @@ async def test_request_of_several_batches(order: tuple[int, ...]) -> None:
         answer(calls[index], tokens=10 + index, upstream=f"u{index}", upstream_s=float(index), attempts=2)
         await settle()
 
-    assert part.future.result() == Response(
+    assert part.result() == Response(
         rows_of("abcdefghij"), tokens=46, upstream=f"u{order[0]}", upstream_s=3.0, attempts=8
     )
 
@@ -792,7 +791,7 @@ async def test_request_that_fails_in_one_of_its_batches() -> None:
     room.sender.forget(part)
     await settle()
 
-    assert part.future.exception().message == "slow"
+    assert part.error.message == "slow"
     assert not second.was_cancelled
     answer(second)
     await room.calls()
@@ -812,7 +811,7 @@ async def test_usage_of_a_batch_of_several() -> None:
     answer(call, tokens=367)
     await settle()
 
-    tokens = [part.future.result().tokens for part in parts]
+    tokens = [part.result().tokens for part in parts]
     assert sum(tokens) == 367
     assert tokens == pytest.approx([4.2, 33.6, 329], abs=1)
 
@@ -886,7 +885,7 @@ async def test_poison_among_others(
     assert calls <= 2 * k * (math.log2(16) + 1) + k
     for part in parts:
         guilty = [text for text in part.request.inputs if str(text).startswith("poison")]
-        error = part.future.exception()
+        error = part.error
         assert (error is not None) == bool(guilty)
         if error is None:
             assert gets_its_rows(part)
@@ -900,7 +899,8 @@ async def test_poison_among_others(
 async def finish_and_forget(room: Room, parts: list[Part], poison: Callable[[Batch], EmbeddingError | None]) -> int:
     """Like `finish`, while the stage lets go of requests that have failed."""
     for part in parts:
-        part.future.add_done_callback(lambda _, part=part: room.sender.forget(part) if part.missing else None)
+        waiter = part.join()
+        waiter.add_done_callback(part.leave)
     return await finish(room, poison)
 
 
@@ -913,7 +913,7 @@ async def test_culprit_that_the_upstream_names() -> None:
 
     assert calls == 3
     assert [call.message.inputs for call in room.inner.calls[1:]] == [("poison",), ("a", "b", "c")]
-    assert parts[2].future.exception().key == parts[2].request.keys[0]
+    assert parts[2].error.key == parts[2].request.keys[0]
     assert all(gets_its_rows(part) for index, part in enumerate(parts) if index != 2)
     assert room.splits == [4]
     assert room.number("splits") == 1
@@ -953,7 +953,7 @@ async def test_broken_upstream_and_the_budget(retries: int, calls: int) -> None:
     parts = [room.comes(str(index)) for index in range(4)]
 
     assert await finish(room, broken) == calls
-    errors = [part.future.exception() for part in parts]
+    errors = [part.error for part in parts]
     assert all(isinstance(error, UpstreamFailed) for error in errors)
     assert len({id(error) for error in errors}) == 4
     assert [error.key for error in errors] == [None] * 4
@@ -989,7 +989,7 @@ async def test_failure_of_the_whole_batch(failure: EmbeddingError) -> None:
     call.fail(failure)
     await settle()
 
-    errors = [part.future.exception() for part in parts]
+    errors = [part.error for part in parts]
     assert [type(error) for error in errors] == [type(failure)] * 2
     assert len({id(error) for error in (*errors, failure)}) == 3
     assert [error.key for error in errors] == [None, None]
@@ -1019,7 +1019,7 @@ async def test_single_input_that_is_refused() -> None:
     part = room.comes("poison")
     await finish(room, poisoned(refused))
 
-    assert part.future.exception().key == part.request.keys[0]
+    assert part.error.key == part.request.keys[0]
     assert room.number("quarantined_inputs") == 0
 
 
@@ -1034,7 +1034,7 @@ async def test_single_input_that_fails(failure: EmbeddingError) -> None:
     call.fail(failure)
     await settle()
 
-    assert part.future.exception() is failure
+    assert part.error is failure
     assert failure.key is None
 
 
@@ -1106,7 +1106,7 @@ async def test_text_that_is_found_guilty_again() -> None:
     room.comes("poison", "b")
     await finish(room)
 
-    assert again.future.exception().key == again.request.keys[0]
+    assert again.error.key == again.request.keys[0]
     assert [call.message.inputs for call in room.inner.calls[-2:]] == [("poison",), ("b",)]
 
 
@@ -1184,7 +1184,7 @@ async def test_caller_that_leaves_at_the_moment_of_the_lease() -> None:
     leases = len(room.leases.given)
 
     room.sender.wake()
-    gone.future.cancel()  # the stage has not heard of it yet
+    gone.failed(asyncio.CancelledError())  # the stage has not heard of it yet
     await settle()
     answer(busy)
     await settle()
@@ -1249,8 +1249,8 @@ async def test_caller_that_leaves_while_a_culprit_is_looked_for() -> None:
     room = Room()
     parts = [room.comes(text) for text in "abcd"]
     [call] = await room.calls(tuple("abcd"))
-    parts[0].future.cancel()
-    parts[1].future.cancel()
+    parts[0].failed(asyncio.CancelledError())
+    parts[1].failed(asyncio.CancelledError())
     call.fail(UpstreamRefused("bad text", status=400))
     for part in parts[:2]:
         room.sender.forget(part)
@@ -1265,7 +1265,7 @@ async def test_all_callers_leave_as_their_batch_fails() -> None:
     [call] = await room.calls(tuple("ab"))
     call.fail(UpstreamRefused("bad text", status=400))
     for part in parts:
-        part.future.cancel()
+        part.failed(asyncio.CancelledError())
     await settle()
 
     await room.calls()
@@ -1384,8 +1384,8 @@ async def test_defect_behind() -> None:
     failing.fail(failure)
     await settle()
 
-    assert parts[0].future.exception() is failure
-    assert not parts[1].future.done()
+    assert parts[0].error is failure
+    assert not parts[1].is_over
     room.sender.forget(parts[0])
     answer(other)
     await settle()
@@ -1400,7 +1400,7 @@ async def test_defect_at_the_landing() -> None:
     call.answer(None)
     await settle()
 
-    assert all(isinstance(part.future.exception(), AttributeError) for part in parts)
+    assert all(isinstance(part.error, AttributeError) for part in parts)
 
 
 async def test_call_that_was_cancelled_from_behind() -> None:
@@ -1411,7 +1411,7 @@ async def test_call_that_was_cancelled_from_behind() -> None:
     call.future.cancel()
     await settle()
 
-    assert part.future.cancelled()
+    assert isinstance(part.error, asyncio.CancelledError)
 
 
 async def test_sender_that_is_closed() -> None:
@@ -1425,7 +1425,7 @@ async def test_sender_that_is_closed() -> None:
     await settle()
 
     assert call.was_cancelled
-    assert all(part.future.cancelled() for part in parts)
+    assert all(isinstance(part.error, asyncio.CancelledError) for part in parts)
     assert len(room.inner.calls) == 1
 
 
@@ -1440,4 +1440,4 @@ async def test_sender_that_is_closed_while_it_waits_for_an_instant() -> None:
     await room.sender.aclose()
 
     assert len(asyncio.all_tasks()) == tasks - 1
-    assert part.future.cancelled()
+    assert isinstance(part.error, asyncio.CancelledError)

@@ -16,7 +16,7 @@ from proxy.base.settings import MicroBatchSettings
 from proxy.funnel.microbatch import MicroBatch
 from tests.fakes.leases import ROOMY, ScriptedLeases
 from tests.fakes.loop import LoopClock, leap
-from tests.fakes.stage import make_request
+from tests.fakes.stage import asked, make_request
 
 SLOTS = 8
 FIXED_S = 0.030
@@ -77,7 +77,7 @@ class Rush:
         await asyncio.sleep(self._rng.random() * 0.02)
         while (now := self._clock.now()) < self._seconds:
             await self._computes()
-            await self._stage(make_request([next(self._texts)], now=now))
+            await asked(self._stage, make_request([next(self._texts)], now=now))
             await self._computes()
             if now > WARM_S:
                 self.waits.append(self._clock.now() - now)
