@@ -10,6 +10,7 @@ clients do with each status and header.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,19 +57,30 @@ def pieces(response: Response, *, base64: bool, model: str) -> Iterator[bytes]:
     spelled_bytes = row_bytes * 4 // 3 if base64 else row_bytes // 4 * _FLOAT_CHARS
     is_whole = len(rows) * spelled_bytes <= WHOLE_BYTES
     step = len(rows) if is_whole else max(1, PIECE_BYTES // max(1, spelled_bytes))
-    opening, closing = b'{"object":"embedding","index":%d,"embedding":' + quote, quote + b"}"
-    parts = [b'{"object":"list","data":[']
+    openings = _openings(len(rows), quote)
     for first in range(0, len(rows), step or 1):
-        for index, row in enumerate(rows[first : first + step], first):
-            parts += (opening % index, spell(row), closing, b",")
-        if first + step >= len(rows):
-            parts[-1] = _tail(response, model)
+        last = first + step
+        parts = [*itertools.chain.from_iterable(zip(openings[first:last], map(spell, rows[first:last]), strict=False))]
+        if last >= len(rows):
+            parts += (quote, _tail(response, model))
         yield b"".join(parts)
-        parts = []
+
+
+_OPENINGS: dict[bytes, list[bytes]] = {b"": [], b'"': []}
+"""What stands before each vector, the end of the one before it included: spelled once, since answers are all alike."""
+
+
+def _openings(count: int, quote: bytes) -> list[bytes]:
+    """Return at least so many openings of items."""
+    known = _OPENINGS[quote]
+    for index in range(len(known), count):
+        before = quote + b"}," if index else b'{"object":"list","data":['
+        known.append(b'%b{"object":"embedding","index":%d,"embedding":%b' % (before, index, quote))
+    return known
 
 
 def _tail(response: Response, model: str) -> bytes:
-    return b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
+    return b'}],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
         orjson.dumps(model),
         response.tokens,
         response.tokens,

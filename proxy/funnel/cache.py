@@ -9,7 +9,7 @@ canaries show that a space means other vectors than before, the store is cleared
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from proxy.base.events import CacheLookedUp, Observer
@@ -47,6 +47,14 @@ class CacheStore:
             self._rows.move_to_end(key)
         return row
 
+    def get_all(self, keys: Sequence[bytes]) -> list[Row | None]:
+        """Return what is known of several keys, in order."""
+        rows = list(map(self._rows.get, keys))
+        for key, row in zip(keys, rows, strict=True):
+            if row is not None:
+                self._rows.move_to_end(key)
+        return rows
+
     def put(self, key: bytes, row: Row) -> None:
         self.put_all((key,), (row,))
 
@@ -55,17 +63,26 @@ class CacheStore:
         held = self._rows
         added = 0
         for key, row in zip(keys, rows, strict=True):
-            old = held.pop(key, None)
-            added += len(row) + ENTRY_BYTES if old is None else len(row) - len(old)
+            added += len(row)
+            if key in held:
+                added -= len(held[key])
+                held.move_to_end(key)
+            else:
+                added += ENTRY_BYTES
             held[key] = row
         self._bytes += added
         self._evict()
 
     def _evict(self) -> None:
-        while self._bytes > self._max_bytes:
-            _, row = self._rows.popitem(last=False)
-            self._bytes -= len(row) + ENTRY_BYTES
-            self._evicted += 1
+        over = self._bytes - self._max_bytes
+        if over <= 0:
+            return
+        leave, freed, count = self._rows.popitem, 0, 0
+        while freed < over:
+            freed += len(leave(last=False)[1]) + ENTRY_BYTES
+            count += 1
+        self._bytes -= freed
+        self._evicted += count
 
     def snapshot(self) -> Snapshot:
         return {
@@ -92,7 +109,7 @@ class Cache:
         if self._is_off:
             return await self._inner(request)
         rows: list[Row | None]
-        rows = [None] * len(request.keys) if request.no_cache else [self._store.get(key) for key in request.keys]
+        rows = [None] * len(request.keys) if request.no_cache else self._store.get_all(request.keys)
         missing = [index for index, row in enumerate(rows) if row is None]
         hits = len(rows) - len(missing)
         self._observe(CacheLookedUp(request.spec.model, hits, len(missing)))

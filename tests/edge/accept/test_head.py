@@ -12,13 +12,13 @@ from proxy.edge.accept.call import Answer
 from proxy.edge.accept.head import LAST_CHUNK, chunk, opening
 
 
-def lines(data: bytes) -> list[str]:
-    return data.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+def lines(*parts: bytes) -> list[str]:
+    return b"".join(parts).partition(b"\r\n\r\n")[0].decode().split("\r\n")
 
 
 def test_answer_of_one_piece() -> None:
     """It says how long it is."""
-    data = opening(Answer(200, {"X-A": "a", "X-B": "b"}, b"body"), is_closing=False)
+    data = b"".join(opening(Answer(200, {"X-A": "a", "X-B": "b"}, b"body"), is_closing=False))
 
     *said, date = lines(data)
     assert said == ["HTTP/1.1 200 OK", "X-A: a", "X-B: b", "Content-Length: 4"]
@@ -28,7 +28,8 @@ def test_answer_of_one_piece() -> None:
 
 def test_answer_of_more_pieces() -> None:
     """It comes in chunks, each with its length in hexadecimal digits."""
-    data = opening(Answer(200, {}, b"x" * 26, iter([b"y"])), is_closing=False) + chunk(b"y") + LAST_CHUNK
+    parts = opening(Answer(200, {}, b"x" * 26, iter([b"y"])), is_closing=False)
+    data = b"".join((*parts, chunk(b"y"), LAST_CHUNK))
 
     assert lines(data)[1] == "Transfer-Encoding: chunked"
     assert data.endswith(b"\r\n\r\n1a\r\n" + b"x" * 26 + b"\r\n1\r\ny\r\n0\r\n\r\n")
@@ -40,17 +41,17 @@ def test_answer_of_more_pieces() -> None:
 )
 def test_status(status: int, line: str) -> None:
     """A status without a name keeps the space behind it: RFC 9112 §4."""
-    assert lines(opening(Answer(status, {}, b""), is_closing=False))[0] == line
+    assert lines(*opening(Answer(status, {}, b""), is_closing=False))[0] == line
 
 
 def test_last_answer_of_a_connection() -> None:
     """It says so."""
-    assert lines(opening(Answer(200, {}, b""), is_closing=True))[-1] == "Connection: close"
+    assert lines(*opening(Answer(200, {}, b""), is_closing=True))[-1] == "Connection: close"
 
 
 def test_date() -> None:
     """It is that of the present second, in the one form that HTTP has."""
-    date = lines(opening(Answer(200, {}, b""), is_closing=False))[-1].removeprefix("Date: ")
+    date = lines(*opening(Answer(200, {}, b""), is_closing=False))[-1].removeprefix("Date: ")
 
     assert re.fullmatch(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT", date)
     assert abs(parsedate_to_datetime(date).timestamp() - time()) < 10
