@@ -68,6 +68,30 @@ HOMES = {
     "yarl": {"upstream.transport.pool"},
 }
 
+# The adapter, from the bottom: a file looks down. A folder is one piece.
+ADAPTER = (
+    {"errors", "fork", "tally", "trace"},
+    {"address"},
+    {"wire"},
+    {"many", "reach", "settings"},
+    {"exchange", "outbox", "sockets"},
+    {"desk"},
+    {"blocking", "client"},
+    {"modes", "retrieval", "supervise"},
+    {"chroma", "drop_in", "haystack", "langchain", "llamaindex", "service"},
+)
+
+# It installs light: beside aiohttp, what a file imports is there only where an app has it.
+ADAPTER_HOMES = {
+    "aiohttp": {"exchange"},
+    "chromadb": {"chroma"},
+    "haystack": {"haystack"},
+    "langchain_core": {"langchain"},
+    "llama_index": {"llamaindex"},
+    "numpy": {"blocking", "chroma", "client", "many", "retrieval", "wire"},
+    "tqdm": {"haystack"},
+}
+
 # Another end of the journey, in place of translate and transport: not a station on the way.
 ENDS = {"upstream.builtin"}
 
@@ -153,11 +177,28 @@ def test_route_climbs_the_same_stairs_back() -> None:
     assert {".".join(name.split(".")[:2]) for name in FILES if name.startswith("edge.")} <= set(route)
 
 
-def test_adapter_and_proxy_share_only_the_wire() -> None:
-    """The adapter imports nothing of the proxy, and nothing heavier than aiohttp; the proxy nothing of the adapter."""
-    for path in (ROOT / "rag_adapter").rglob("*.py"):
-        libraries = {imported.partition(".")[0] for imported in imports(path)} - {"rag_adapter", "aiohttp"}
-        assert libraries <= set(sys.stdlib_module_names), path.name
+def adapter_files() -> Iterator[tuple[str, Path]]:
+    """Name each file of the adapter by its piece: `client`, and `modes` for all that is in its folder."""
+    for path in sorted((ROOT / "rag_adapter").rglob("*.py")):
+        yield path.relative_to(ROOT / "rag_adapter").with_suffix("").parts[0], path
+
+
+@pytest.mark.parametrize(("piece", "path"), [*adapter_files()], ids=lambda value: value if type(value) is str else "")
+def test_adapter_s_file_looks_down(piece: str, path: Path) -> None:
+    """It imports pieces below its own, and libraries at their homes; nothing of the proxy."""
+    floors = {name: number for number, names in enumerate(ADAPTER) for name in names}
+    for imported in imports(path):
+        library, _, rest = imported.partition(".")
+        other = rest.partition(".")[0]
+        if library == "rag_adapter":
+            is_lower = piece == "__init__" or other in ("", piece) or floors.get(other, 99) < floors[piece]
+            assert is_lower, f"{piece} → {imported}"
+        elif library not in sys.stdlib_module_names:
+            assert piece in ADAPTER_HOMES.get(library, set()), f"{piece} imports {imported}"
+
+
+def test_proxy_imports_nothing_of_the_adapter() -> None:
+    """They share the wire and nothing else."""
     for name, path in FILES.items():
         assert not any(imported.startswith("rag_adapter") for imported in imports(path)), name
 

@@ -63,13 +63,27 @@ class Sidecar:
         self.config_path = Path(self._folder.name, "settings.toml")
         self.config_path.write_text(self._toml, encoding="utf-8")
         self._log = open(Path(self._folder.name, "log"), "w+b")
+        self._start()
+        return self
+
+    def _start(self) -> None:
         self._process = self._started()
         try:
             self._wait_until_ready()
         except BaseException:
             self.__exit__()
             raise
-        return self
+
+    def kill(self) -> None:
+        """End it as a crash does: nothing is answered any more, and its socket's file stays behind."""
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """Start it again after its end, on the same Unix socket, with the settings of now; the log begins anew."""
+        self._log.truncate(0)
+        self._log.seek(0)
+        self._start()
 
     def _started(self) -> subprocess.Popen[bytes]:
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "EMBEDDING_"))}
