@@ -3,14 +3,16 @@ The proxy under test, in its two set-ups, with an environment in which every cli
 
 `sidecar` stands before an upstream that speaks cl100k (see fake_openai.py), so the expected vector of any input is
 known. `embedded` has no configuration and serves the embedded model; there the expected vector is what the same proxy
-answers to plain HTTP that asks for floats.
+answers to plain HTTP that asks for floats. `guarded` is the same behind a key, and at `nowhere` there is none.
 """
 
+import hashlib
 import importlib.util
 import ipaddress
 import json
 import os
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +22,10 @@ import pytest
 # --- before a framework is imported: they read the environment at import ---
 
 for _name in list(os.environ):
-    if _name.startswith(("OPENAI_", "LANGCHAIN_", "LANGSMITH_")) or _name.lower().endswith("_proxy"):
+    if _name.startswith(("OPENAI_", "LANGCHAIN_", "LANGSMITH_", "EMBEDDING_")) or _name.lower().endswith("_proxy"):
         del os.environ[_name]
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
 # tiktoken downloads its vocabulary unless it finds it here; llama-index-core ships it for cl100k.
 _llama_index_core = Path(importlib.util.find_spec("llama_index.core").origin).parent
 os.environ["TIKTOKEN_CACHE_DIR"] = str(_llama_index_core / "_static" / "tiktoken_cache")
@@ -101,3 +105,37 @@ def wordllama(embedded: Sidecar) -> Callable[..., list[float]]:
             return json.load(answer)["data"][0]["embedding"]
 
     return vector
+
+
+# --- for the adapter's classes ---
+
+KEY = "s3cret-key"
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[Sidecar]:
+    """A proxy that wants KEY over TCP, and serves the embedded model."""
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    with Sidecar(f'[callers.app]\nkey_sha256 = "{digest}"\n') as started:
+        yield started
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> str:
+    """An address at which there is no sidecar."""
+    return f"{tmp_path}/no.sock"
+
+
+@pytest.fixture(scope="session")
+def requests(embedded: Sidecar) -> Callable[..., list[tuple[str, int]]]:
+    """Priority and number of inputs of each request of one client, from the proxy's log, once it has so many inputs."""
+
+    def found(client_name: str, inputs: int) -> list[tuple[str, int]]:
+        end = time.monotonic() + 10
+        while True:
+            mine = [line for line in embedded.lines() if str(line.get("caller")).endswith(f"/{client_name}")]
+            if sum(line["inputs"] for line in mine) >= inputs or time.monotonic() > end:
+                return [(line["priority"], line["inputs"]) for line in mine]
+            time.sleep(0.01)  # a line is written just after its answer
+
+    return found
