@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_EXAMPLE := .venv-example
 
-.PHONY: run test check format test-clients test-real figures bench docs clean help
+.PHONY: run test check format test-clients example test-example test-real figures bench load docs clean help
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +29,12 @@ test-clients: $(VENV)/installed-test  ## The official clients against the runnin
 	sh tests/clients/install.sh
 	.venv-clients/bin/python -m pytest tests/clients
 
+example: $(VENV_EXAMPLE)/installed  ## A RAG service with PostgreSQL and the proxy, and what to paste (ARGS="--port 8001 my.md")
+	@exec env PYTHONPATH=docs/examples $(VENV_EXAMPLE)/bin/python -m rag_service $(ARGS)
+
+test-example: $(VENV_EXAMPLE)/installed-test  ## That service end to end: search, outages, deadlines, traces
+	$(VENV_EXAMPLE)/bin/python -m pytest tests/example
+
 test-real: $(VENV)/installed-test  ## A real embeddings server with real weights behind the proxy (installs it, 1.5 GB)
 	sh tests/real/install.sh
 	$(BIN)/python -m pytest tests/real
@@ -38,11 +45,14 @@ figures: $(VENV)/installed-test  ## Print the figures of docs/operations.md
 bench: $(VENV)/installed-test  ## Measure speed and memory against the targets (ARGS="--only single-64", --list)
 	@$(BIN)/python -m tests.load.bench $(ARGS)
 
+load: $(VENV)/installed-test  ## Before and after under load, with a report in build/load (ARGS="--quick", "--only dies", --list)
+	@$(BIN)/python -m tests.load.suite $(ARGS)
+
 docs: $(VENV)/installed  ## Write the reference of settings into docs/configuration.md
 	$(BIN)/python docs/write_reference.py
 
 clean:  ## Remove what the other targets have made
-	rm -rf .venv .venv-clients .venv-real build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients .venv-example .venv-real build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
 	rm -rf .hypothesis tests/clients/node_modules
 
 # A virtual environment that an aborted installation left behind has no `installed`, and is made anew.
@@ -59,4 +69,17 @@ $(VENV)/installed: setup.cfg pyproject.toml
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "Installing the test tools …"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[proxy,test]'
+	@touch $@
+
+# The example has an environment of its own, as an app has: the proxy runs as its child and has to be in it, too.
+$(VENV_EXAMPLE)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later with venv is needed; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV_EXAMPLE), about a minute the first time …"
+	@test -x $(VENV_EXAMPLE)/bin/python || $(PYTHON) -m venv $(VENV_EXAMPLE)
+	@$(VENV_EXAMPLE)/bin/python -m pip install -qq --disable-pip-version-check -e '.[proxy,example]'
+	@touch $@
+
+$(VENV_EXAMPLE)/installed-test: $(VENV_EXAMPLE)/installed
+	@$(VENV_EXAMPLE)/bin/python -m pip install -qq --disable-pip-version-check 'pytest>=8.3,<10' 'pytest-asyncio>=1,<2'
 	@touch $@

@@ -271,8 +271,10 @@ def test_bucket_fills_evenly() -> None:
 def test_config_that_the_mock_cannot_keep_is_refused() -> None:
     """A limit that is silently not there would spoil a measurement."""
     assert Config.read('{"base_ms": 30, "overflow": "429"}') == Config(base_ms=30, overflow="429")
-    with pytest.raises(ValueError, match="hang_p"):
-        Config.read('{"hang_p": 0.1}')
+    with pytest.raises(ValueError, match="drip_p"):
+        Config.read('{"drip_p": 0.1}')
+    with pytest.raises(ValueError, match="more than 1"):
+        Config.read('{"hang_p": 0.6, "err500_p": 0.6}')
     with pytest.raises(ValueError, match="overflow"):
         Config.read('{"overflow": "drop"}')
 
@@ -336,6 +338,45 @@ async def test_mock_refuses_above_its_slots() -> None:
         run = await ran(Plan(target, c=2, requests=2))
 
     assert (run["ok"], run["errors"], upstream.stats.OverflowRejected) == (1, {"http_429": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "count"),
+    [
+        ("err500_p", "http_500", "E500"),
+        ("err503_p", "http_503", "E503"),
+        ("err429_p", "http_429", "E429"),
+        ("reset_p", "reset", "Reset"),
+        ("hang_p", "timeout", "Hang"),
+    ],
+)
+async def test_mock_fails_as_it_is_told(share: str, error: str, count: str) -> None:
+    """Each fault reaches the caller as what it is, and leaves nothing behind that counts as under way."""
+    async with served(Config(**{share: 1.0})) as (target, upstream):
+        run = await ran(Plan(target, c=1, requests=2, timeout_s=0.1))
+        async with asyncio.timeout(10):
+            while upstream.inflight:
+                await asyncio.sleep(0)
+
+    assert (run["ok"], run["errors"]) == (0, {error: 2})
+    assert getattr(upstream.stats, count) >= 2
+
+
+async def test_hanging_calls_hold_no_slot() -> None:
+    """A call that hangs is stuck in the network; the next one gets its slot."""
+    async with served(Config(hang_p=1.0, max_concurrent=1)) as (target, upstream):
+        await ran(Plan(target, c=3, requests=3, timeout_s=0.1))
+
+    assert (upstream.stats.Hang, upstream.stats.ExecMax) == (3, 1)
+
+
+async def test_mock_recovers_when_it_is_told() -> None:
+    """Faults and limits are those of the last word, not of the first."""
+    async with served(Config(err500_p=1.0)) as (target, upstream):
+        upstream.configure(Config())
+        run = await ran(Plan(target, c=1, requests=3))
+
+    assert (run["ok"], run["errors"]) == (3, {})
 
 
 async def test_open_loop_sends_at_its_rate() -> None:

@@ -5,8 +5,8 @@ A hand-written protocol over uvloop; vectors are looked up and joined as text. O
 like those of the Go mock, so that either can stand here. Loopback only, and it ends by itself.
 
     POST /v1/embeddings     vectors of texts; after base_ms + per_item_ms × texts
-    GET /stats              requests, texts, highest concurrency, refusals, connections
-    POST /admin/config      another latency and other limits
+    GET /stats              requests, texts, concurrency, refusals, faults, connections
+    POST /admin/config      another latency, other limits, other faults
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import argparse
 import asyncio
 import gc
 import math
+import random
 import re
+import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -32,6 +35,18 @@ TIMER_STEP_S = 0.001
 """The loop's timers are a millisecond apart. The last one before an answer is due is spent polling, since a slot that
 is held a millisecond too long, or not long enough, is one to three percent of the ideal that is judged."""
 LARGEST_HEAD_BYTES = 65_536
+FAULT_SEED = 42
+"""Which calls fail is the same in each run that asks in the same order."""
+NO_LINGER = struct.pack("ii", 1, 0)
+"""With it a close is a reset (RST), as of a peer that has crashed, not a polite end."""
+
+WORDS = {
+    400: b"400 Bad Request",
+    404: b"404 Not Found",
+    429: b"429 Too Many Requests",
+    500: b"500 Internal Server Error",
+    503: b"503 Service Unavailable",
+}
 
 _LENGTH = re.compile(rb"content-length:[ \t]*(\d+)", re.IGNORECASE)
 
@@ -49,6 +64,14 @@ class Config:
     burst_s: float = 1.0
     """The bucket holds what this many seconds allow, at least one request."""
     max_batch: int = 2048
+    err500_p: float = 0.0
+    """This share of the calls ends with it, after its time; the shares of the faults add up."""
+    err503_p: float = 0.0
+    err429_p: float = 0.0
+    reset_p: float = 0.0
+    hang_p: float = 0.0
+    """A hanging call holds no slot: it is stuck in the network."""
+    hang_max_s: float = 120.0
 
     @classmethod
     def read(cls, text: str | bytes) -> Config:
@@ -60,7 +83,21 @@ class Config:
         config = cls(**given)
         if config.overflow not in ("queue", "429"):
             raise ValueError(f"overflow is {config.overflow!r}, not 'queue' or '429'")
+        if sum(share for _, share in config.faults) > 1:
+            raise ValueError("the shares of the faults are more than 1 together")
         return config
+
+    @property
+    def faults(self) -> tuple[tuple[str, float], ...]:
+        """The faults that there are, by the name of their count, and their shares."""
+        shares = (
+            ("E500", self.err500_p),
+            ("E503", self.err503_p),
+            ("E429", self.err429_p),
+            ("Reset", self.reset_p),
+            ("Hang", self.hang_p),
+        )
+        return tuple(share for share in shares if share[1])
 
 
 @dataclass(slots=True)
@@ -74,6 +111,11 @@ class Stats:
     OverflowRejected: int = 0
     BadRequest: int = 0
     Abandoned: int = 0
+    E500: int = 0
+    E503: int = 0
+    E429: int = 0
+    Reset: int = 0
+    Hang: int = 0
     ExecMax: int = 0
     InflightMax: int = 0
     BatchMax: int = 0
@@ -111,23 +153,26 @@ class Call:
     is_base64: bool
     model: str
     is_abandoned: bool = False
+    hang_end: asyncio.TimerHandle | None = None
 
 
 class Upstream:
-    """The rules: limits, slots, latency. Connections hand it bodies, it hands them answers."""
+    """The rules: limits, slots, latency, faults. Connections hand it bodies, it hands them answers."""
 
     def __init__(self, table: Table, config: Config) -> None:
         self.stats = Stats()
+        self.inflight = 0
         self._table = table
-        self._inflight = 0
         self._executing = 0
         self._queue: deque[Call] = deque()
+        self._random = random.Random(FAULT_SEED)
         self._openings = [b'{"object":"embedding","index":%d,"embedding":' % index for index in range(2048)]
         self.configure(config)
 
     def configure(self, config: Config) -> None:
         """Be as slow and as strict as this says from now on."""
         self._config = config
+        self._faults = config.faults
         self._bucket = Bucket(config.rpm, config.burst_s) if config.rpm else None
 
     def embed(self, connection: Connection, body: bytes) -> None:
@@ -145,8 +190,8 @@ class Upstream:
                 self.stats.RateLimited += 1
                 connection.refuse(429, "requests", "rate_limit_exceeded", "Rate limit reached", wait_s=wait_s)
                 return
-        self._inflight += 1
-        self.stats.InflightMax = max(self.stats.InflightMax, self._inflight)
+        self.inflight += 1
+        self.stats.InflightMax = max(self.stats.InflightMax, self.inflight)
         if not self._config.max_concurrent or self._executing < self._config.max_concurrent:
             connection.call = call
             self._execute(call)
@@ -154,7 +199,7 @@ class Upstream:
             connection.call = call
             self._queue.append(call)
         else:
-            self._inflight -= 1
+            self.inflight -= 1
             self.stats.OverflowRejected += 1
             connection.refuse(429, "concurrency", "rate_limit_exceeded", "Too many at a time", wait_s=0.1)
 
@@ -184,19 +229,57 @@ class Upstream:
 
     def _finish(self, call: Call) -> None:
         self._executing -= 1
-        self._inflight -= 1
-        if call.is_abandoned:
-            self.stats.Abandoned += 1
+        fault = self._fault() if self._faults and not call.is_abandoned else ""
+        if fault == "Hang":
+            self._hang(call)
         else:
-            self.stats.OK += 1
-            call.connection.answer(self._answer(call))
+            self.inflight -= 1
+            if call.is_abandoned:
+                self.stats.Abandoned += 1
+            elif fault:
+                self._fail(call, fault)
+            else:
+                self.stats.OK += 1
+                call.connection.answer(self._answer(call))
         while self._queue and (not self._config.max_concurrent or self._executing < self._config.max_concurrent):
             waiting = self._queue.popleft()
             if waiting.is_abandoned:
-                self._inflight -= 1
+                self.inflight -= 1
                 self.stats.Abandoned += 1
             else:
                 self._execute(waiting)
+
+    def _fault(self) -> str:
+        """Draw how this call ends: the name of a fault, or empty."""
+        drawn = self._random.random()
+        for name, share in self._faults:
+            if drawn < share:
+                return name
+            drawn -= share
+        return ""
+
+    def _fail(self, call: Call, fault: str) -> None:
+        setattr(self.stats, fault, getattr(self.stats, fault) + 1)
+        if fault == "Reset":
+            call.connection.reset()
+        elif fault == "E500":
+            call.connection.refuse(500, "server_error", "internal", "The server had an error")
+        elif fault == "E503":
+            call.connection.refuse(503, "server_error", "overloaded", "The engine is overloaded", wait_s=1.0)
+        else:
+            call.connection.refuse(429, "requests", "rate_limit_exceeded", "Rate limit reached", wait_s=1.0)
+
+    def _hang(self, call: Call) -> None:
+        self.stats.Hang += 1
+        loop = asyncio.get_running_loop()
+        call.hang_end = loop.call_later(self._config.hang_max_s, call.connection.reset)
+
+    def leave(self, call: Call) -> None:
+        """Hear that the call's caller has gone, or has been cut off."""
+        call.is_abandoned = True
+        if call.hang_end:
+            call.hang_end.cancel()
+            self.inflight -= 1
 
     def _answer(self, call: Call) -> list[bytes]:
         """Return the answer in pieces: joining megabytes would take longer than everything else here."""
@@ -251,7 +334,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         self._upstream.stats.ConnsOpen -= 1
         if self.call:
-            self.call.is_abandoned = True
+            self._upstream.leave(self.call)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -280,7 +363,8 @@ class Connection(asyncio.Protocol):
         if method == b"POST" and path in (b"/v1/embeddings", b"/embeddings"):
             self._upstream.embed(self, body)
         elif path == b"/stats":
-            self.answer([orjson.dumps({**asdict(self._upstream.stats), "CPUSeconds": time.process_time()})])
+            now = {"Inflight": self._upstream.inflight, "CPUSeconds": time.process_time()}
+            self.answer([orjson.dumps({**asdict(self._upstream.stats), **now})])
         elif path == b"/admin/config":
             try:
                 self._upstream.configure(Config.read(body))
@@ -306,9 +390,14 @@ class Connection(asyncio.Protocol):
         if self._received:
             self._next()
 
+    def reset(self) -> None:
+        """Cut the connection off."""
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self._transport.abort()
+
     def refuse(self, status: int, kind: str, code: str, message: str, *, wait_s: float = 0.0) -> None:
         """Send an error in OpenAI's form."""
-        words = {400: b"400 Bad Request", 404: b"404 Not Found", 429: b"429 Too Many Requests"}[status]
+        words = WORDS[status]
         headers = b""
         if wait_s:
             headers = b"Retry-After: %d\r\nRetry-After-Ms: %d\r\n" % (
