@@ -22,6 +22,7 @@ FLOORS = {"base": 1, "edge": 2, "funnel": 2, "upstream": 2, "watch": 2, "wiring"
 NEIGHBOURS = {
     ("edge.accept", "edge.encode"),
     ("edge.accept", "edge.decode"),
+    ("edge.accept", "edge.decode.lists"),
     ("edge.accept.call", "edge.decode"),
     ("upstream.transport", "upstream.translate"),
     ("upstream.transport", "upstream.vectors"),
@@ -54,6 +55,7 @@ HOMES = {
     "orjson": {
         "edge.accept",
         "edge.decode",
+        "edge.decode.lists",
         "edge.encode",
         "upstream.translate.ollama",
         "upstream.translate.openai",

@@ -41,10 +41,10 @@ def keys(space: str, inputs: Iterable[Input]) -> tuple[bytes, ...]:
 
 
 def input_bytes(item: Input) -> bytes:
-    """Spell an input unmistakably: a letter for its kind, then its bytes (or eight bytes per token id)."""
+    """Spell an input unmistakably: a letter for its kind, then its bytes (or four bytes per token id)."""
     if isinstance(item, str):
         return b"s" + item.encode()
-    return b"t" + struct.pack(f"<{len(item)}Q", *item)
+    return b"t" + struct.pack(f"<{len(item)}I", *item)
 
 
 def fingerprint(space: str, spec: Spec) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -147,3 +149,29 @@ async def test_requests_inside_are_counted(served: Served) -> None:
     assert during == 1
     assert served.accept.requests_inside == 0
     assert [fact.status for fact in served.facts if isinstance(fact, RequestFinished)] == [499]
+
+
+async def test_token_ids_by_the_thousand(served: Served) -> None:
+    """While a large body of token ids is read, others have their turn, and what it asks for is all there."""
+    served.service.catalogue = Catalogue({"m": ModelSettings(dimensions=2, token_ids=True)}, "m")
+    served.service.outcome = Response((b"\0\0\x80?\0\0\0\0",) * 1000, tokens=1)
+    body = json.dumps({"input": [[n] * 250 for n in range(1000)]}).encode()
+    headers, turns = {"Content-Type": "application/json"}, 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += bool(served.accept.requests_inside)
+
+    counting = asyncio.create_task(others())
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{served.url}/v1/embeddings", data=io.BytesIO(body), headers=headers) as answer:
+            document = await answer.json()
+    counting.cancel()
+
+    assert len(document["data"]) == 1000
+    assert turns >= 10
+    (fact,) = served.facts
+    assert isinstance(fact, RequestFinished)
+    assert (fact.inputs, fact.body_bytes) == (1000, len(body))

@@ -16,9 +16,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 import orjson
 from aiohttp import web
@@ -33,6 +33,7 @@ from proxy.edge.accept.body import Bodies
 from proxy.edge.accept.call import CLIENT_LEFT, Answer, Call, Service, defect
 from proxy.edge.accept.peer import Peer
 from proxy.edge.decode import content_type, decode, request_id, stated_timeout_s
+from proxy.edge.decode.lists import TURN_BYTES, taken_out
 
 EMBEDDINGS: Final = frozenset({"/v1/embeddings", "/embeddings"})
 """Paths that have a short way."""
@@ -50,6 +51,7 @@ class Page:
     body: bytes
 
 
+_T = TypeVar("_T")
 _Handler = Callable[[web.BaseRequest, Service, Call], Awaitable[Answer]]
 
 
@@ -138,6 +140,7 @@ class Accept:
             call.caller = peer.admit(headers, service.listen, service.callers)
             _patience_s(headers, service)
             self._bodies.insist(body, service.listen)
+            call.body_bytes = len(body)
             response = service.known(self._decoded(call, body, headers, service))
             return None if response is None else self._embedded(call, response)
         except Exception as error:
@@ -250,9 +253,13 @@ class Accept:
     async def _embed(self, http: web.BaseRequest, service: Service, call: Call) -> Answer:
         headers = http.headers
         body = await self._bodies.read(http, service.listen, _patience_s(headers, service))
+        call.body_bytes = len(body)
+        lists: list[Any] = []
+        if len(body) > TURN_BYTES:
+            body, lists = await _in_turns(taken_out(body))
         # From here to the call nothing waits: the pipeline asked now is the one that serves, even beside a reload.
         service = self._service()
-        return self._embedded(call, await service(self._decoded(call, body, headers, service)))
+        return self._embedded(call, await service(self._decoded(call, body, headers, service, lists)))
 
     async def _models(self, http: web.BaseRequest, service: Service, call: Call) -> Answer:
         models = [_model_object(name, service) for name in service.catalogue.models]
@@ -268,8 +275,9 @@ class Accept:
 
     # --- both ways ---
 
-    def _decoded(self, call: Call, body: bytes, headers: Mapping[str, str], service: Service) -> Request:
-        call.body_bytes = len(body)
+    def _decoded(
+        self, call: Call, body: bytes, headers: Mapping[str, str], service: Service, lists: Sequence[Any] = ()
+    ) -> Request:
         call.service = service
         call.asked = asked = decode(
             body,
@@ -279,6 +287,7 @@ class Accept:
             request_id=call.request_id,
             caller=call.caller,
             now=call.arrived,
+            lists=lists,
         )
         call.caller = asked.request.caller
         return asked.request
@@ -336,6 +345,16 @@ async def _written(http: web.BaseRequest, call: Call, answer: Answer, response: 
             await response.write(piece)
             call.answer_bytes += len(piece)
     await response.write_eof()
+
+
+async def _in_turns(steps: Generator[None, None, _T]) -> _T:
+    """Let others have their turn between any two steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(_T, end.value)
+        await asyncio.sleep(0)
 
 
 def _patience_s(headers: Mapping[str, str], service: Service) -> float:

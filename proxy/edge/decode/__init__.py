@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import orjson
@@ -20,13 +20,12 @@ from proxy.base.errors import InvalidRequest, TooLarge, WrongContentType
 from proxy.base.keys import fingerprint, keys
 from proxy.base.messages import Input, Priority, Request, Spec, size_bytes
 from proxy.base.settings import Catalogue, ModelSettings, RequestSettings, shown
+from proxy.edge.decode.lists import MAX_TOKEN_ID, are_token_ids
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,63}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 # Visible ASCII only: the id stands in headers and log lines.
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
-# cl100k has about 100 000 ids; the bound only keeps nonsense and overflow away.
-_MAX_TOKEN_ID = 2**31 - 1
 _OWN_FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user"})
 _MAX_MODEL_CHARS = 256
 _MAX_PARAMS_BYTES = 65_536
@@ -72,6 +71,7 @@ def decode(
     request_id: str,
     caller: str,
     now: float,
+    lists: Sequence[Any] = (),
 ) -> Asked:
     """
     Read one request.
@@ -84,6 +84,7 @@ def decode(
         request_id: see `request_id()`.
         caller: who asks, as far as the connection tells.
         now: the instant of arrival.
+        lists: what `lists.taken_out()` has taken out of the body, if it has.
 
     Raises:
         InvalidRequest: with a code and the name of the parameter or header.
@@ -94,7 +95,7 @@ def decode(
     fields = _fields(body)
     asked_model = _model(fields.get("model"))
     name, model = catalogue.resolve(asked_model)
-    inputs, is_tokens = _inputs(fields.get("input"), model, settings.max_inputs)
+    inputs, is_tokens = _inputs(list(lists) or fields.get("input"), model, settings.max_inputs)
     inputs, truncated = _fitted(inputs, model, is_tokens=is_tokens)
     sizes = tuple([size_bytes(item) if type(item) is not str or not item.isascii() else len(item) for item in inputs])
     total_bytes = sum(sizes)
@@ -252,7 +253,7 @@ def _inputs(value: Any, model: ModelSettings, max_inputs: int) -> tuple[tuple[In
     Tell the four forms apart.
 
     The cases: (1) nothing; (2) one text; (3) a list, empty or too long; (4) of texts; (5) of token ids, which is one
-    input; (6) of lists of token ids; (7) anything else.
+    input; (6) of lists of token ids, or of tuples of them, which have been looked at; (7) anything else.
     """
     if value is None:
         _refuse("input", "'input' is missing", code="missing_input")
@@ -271,7 +272,7 @@ def _inputs(value: Any, model: ModelSettings, max_inputs: int) -> tuple[tuple[In
         if "" in value:
             _text("", value.index(""))
         return tuple(value), False
-    if kinds == {list}:
+    if kinds <= {list, tuple}:
         return tuple(_token_ids(item, index, model) for index, item in enumerate(value)), True
     if len(kinds) > 1 and kinds <= {str, int, list}:
         found = " and ".join(word for kind, word in _ITEMS.items() if kind in kinds)
@@ -289,7 +290,7 @@ def _text(text: str, index: int | None) -> str:
     return text
 
 
-def _token_ids(ids: list[Any], index: int | None, model: ModelSettings) -> tuple[int, ...]:
+def _token_ids(ids: list[Any] | tuple[int, ...], index: int | None, model: ModelSettings) -> tuple[int, ...]:
     if not model.token_ids:
         _refuse(
             "input",
@@ -297,14 +298,14 @@ def _token_ids(ids: list[Any], index: int | None, model: ModelSettings) -> tuple
             "with LangChain's OpenAIEmbeddings set check_embedding_ctx_length=False",
             code="token_ids_not_supported",
         )
+    if isinstance(ids, tuple):
+        return ids  # looked at before
     if not ids:
         _refuse("input", f"'{_place(index)}' is an empty list of token ids", code="empty_input")
-    # All at once, since lists of thousands come by the thousand; one by one where something is wrong.
-    if list(map(type, ids)).count(int) == len(ids) and min(ids) >= 0 and max(ids) <= _MAX_TOKEN_ID:
+    if are_token_ids(ids):
         return tuple(ids)
-    # type, not isinstance: true and false are no token ids
-    wrong = next(item for item in ids if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID)
-    _refuse("input", f"'{_place(index)}' holds {_kind(wrong)}, which is no token id (0 to {_MAX_TOKEN_ID})")
+    wrong = next(item for item in ids if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID)
+    _refuse("input", f"'{_place(index)}' holds {_kind(wrong)}, which is no token id (0 to {MAX_TOKEN_ID})")
 
 
 def _fitted(
