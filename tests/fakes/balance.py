@@ -13,14 +13,14 @@ from proxy.base.lease import Wait
 from proxy.base.messages import Answer, Batch, Limits, Row
 from proxy.base.settings import ModelSettings
 from proxy.upstream.balance import Balance
-from proxy.upstream.balance.canary import CANARY
+from proxy.upstream.balance.canary import CANARIES
 from proxy.upstream.balance.limit import Limit
 from proxy.upstream.balance.model import Model
 from proxy.upstream.balance.upstream import Permit, Upstream
 from tests.fakes.clock import HandClock, settle
 from tests.fakes.stage import Call, ScriptedStage, make_batch, rows_of
 
-RIGHT: Row = rows_of([CANARY])[0]
+RIGHT: Row = rows_of(CANARIES)[0]
 ROOMY = Limits(256, 600_000)
 ELSEWHERE: Row = rows_of(["another space"])[0]
 
@@ -116,7 +116,7 @@ class HandUpstream(Upstream):
     @property
     def calls(self) -> list[Call]:
         """Calls under way, without canaries."""
-        return [call for call in self.scripted.calls if not call.future.done() and call.message.inputs != (CANARY,)]
+        return [call for call in self.scripted.calls if not call.future.done() and call.message.inputs != CANARIES]
 
 
 class Play:
@@ -152,10 +152,10 @@ class Play:
 
     def answer_canary(self, upstream: HandUpstream, end: Row | BaseException = RIGHT) -> None:
         (call,) = [
-            call for call in upstream.scripted.calls if not call.future.done() and call.message.inputs == (CANARY,)
+            call for call in upstream.scripted.calls if not call.future.done() and call.message.inputs == CANARIES
         ]
         if isinstance(end, bytes):
-            call.answer(Answer((end,), 9, ""))
+            call.answer(Answer(rows_of(CANARIES) if end == RIGHT else (end,) * len(CANARIES), 9, ""))
         else:
             call.fail(end)
 

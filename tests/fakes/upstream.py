@@ -17,6 +17,8 @@ from typing import Any
 import numpy
 from aiohttp import web
 
+from proxy.upstream.balance.canary import CANARIES
+
 
 def vector(item: Any, width: int) -> numpy.ndarray:
     """Return the one right vector of an input: unit length, float32, from the digest of its JSON."""
@@ -162,7 +164,7 @@ class FakeUpstream:
         body = json.loads(await http.read())
         self.connections.add(http.transport)
         seen = Seen(body, dict(http.headers), http.path)
-        if self.spare_canary and seen.inputs == ["The quick brown fox jumps over the lazy dog."]:
+        if self.spare_canary and set(map(str, seen.inputs)) <= set(CANARIES):
             return web.json_response(self.answer(body, http.path), headers=self._headers(seen))
         self.seen.append(seen)
         fault = self.script.pop(0) if self.script else self._poisoned(seen)

@@ -351,9 +351,9 @@ class Canaries:
     """In place of balance: the vectors that stand for the spaces."""
 
     def __init__(self, canaries: dict[str, bytes]) -> None:
-        self._canaries = canaries
+        self._canaries = {name: (row,) for name, row in canaries.items()}
 
-    def canaries(self) -> dict[str, bytes]:
+    def canaries(self) -> dict[str, tuple[bytes, ...]]:
         return self._canaries
 
     def widths(self) -> dict[str, int]:

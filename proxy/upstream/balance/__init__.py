@@ -1,10 +1,10 @@
 """
 Who computes: the choice among the upstreams of a model, and the slots of each.
 
-Only upstreams that have shown a right vector take part. Each embeds a canary text, at the start and from time to time;
-its vector has to have the model's width and to lie where the first one lay, from whichever upstream of the model that
-came. Two servers that merely answer to the same name are not the same space, nor is one whose model was exchanged; and
-a wrong vector is worse than none.
+Only upstreams that have shown a right vector take part. Each embeds a few canary texts, at the start and from time to
+time; their vectors have to have the model's width and to lie where the first ones lay, from whichever upstream of the
+model these came. Two servers that merely answer to the same name are not the same space, nor is one whose model was
+exchanged; and a wrong vector is worse than none.
 
 Balance hands out leases: `model` chooses, `upstream` owns the slots, `limit` learns how many there should be, `latency`
 what a call takes, `line` keeps the order of those who wait, `canary` judges.
@@ -62,7 +62,7 @@ class Balance:
     # --- canaries ---
 
     async def sing(self, model: str, timeout_s: float) -> None:
-        """Ask each upstream of a model for the canary's vector; what comes of it is in `problems()`."""
+        """Ask each upstream of a model for the canary texts' vectors; what comes of it is in `problems()`."""
         await self._models[model].sing(timeout_s)
 
     def is_whole(self, model: str) -> bool:
@@ -73,8 +73,8 @@ class Balance:
         """Return when the next breaker of a model's upstreams lets a probe pass, in seconds; zero where none waits."""
         return self._models[model].rest_s()
 
-    def canaries(self) -> dict[str, Row]:
-        """Return by model the vector that stands for its space."""
+    def canaries(self) -> dict[str, tuple[Row, ...]]:
+        """Return by model the vectors that stand for its space."""
         return {name: model.canary for name, model in self._models.items() if model.canary is not None}
 
     def widths(self) -> dict[str, int]:

@@ -16,10 +16,10 @@ from proxy.base.clock import Clock
 from proxy.base.errors import CircuitOpen, DeadlineExceeded, EmbeddingError, NoUpstream, UpstreamDenied
 from proxy.base.events import CanaryFinished, Observer
 from proxy.base.lease import Outlook, Wait
-from proxy.base.messages import FLOAT32_BYTES, Answer, Batch, Row, Spec
+from proxy.base.messages import FLOAT32_BYTES, Answer, Batch, Row, Spec, size_bytes
 from proxy.base.settings import ModelSettings
 from proxy.base.stage import Snapshot
-from proxy.upstream.balance.canary import CANARY, CANARY_GRACE_S, flaw
+from proxy.upstream.balance.canary import CANARIES, CANARY_GRACE_S, flaw
 from proxy.upstream.balance.line import Line
 from proxy.upstream.balance.upstream import Permit, Upstream
 
@@ -62,9 +62,9 @@ class Model:
         self._listeners: list[Callable[[], None]] = []
         self._retries = Line(self._call, clock=clock)
         self._pipelines = 0
-        self.canary: Row | None = None
-        """The first right vector of the canary, which all later ones are held against: a server whose vectors change
-        while it runs serves another space."""
+        self.canary: tuple[Row, ...] | None = None
+        """The first right vectors of the canary texts, which all later ones are held against: a server whose vectors
+        change while it runs serves another space."""
 
     # --- leases ---
 
@@ -228,7 +228,7 @@ class Model:
     @property
     def width(self) -> int | None:
         """Width of the model's own vectors: what the settings say, else what the first right canary had."""
-        return self._settings.dimensions or (len(self.canary) // FLOAT32_BYTES if self.canary else None)
+        return self._settings.dimensions or (len(self.canary[0]) // FLOAT32_BYTES if self.canary else None)
 
     # --- canaries ---
 
@@ -247,7 +247,7 @@ class Model:
         return any(not member.upstream.guard.is_closed for member in self._members)
 
     async def sing(self, timeout_s: float) -> None:
-        """Ask each upstream for the canary's vector, and judge it."""
+        """Ask each upstream for the canary texts' vectors, and judge them."""
         songs = {asyncio.create_task(self._sung(member, timeout_s)): member for member in self._members}
         late = list(songs)
         try:
@@ -272,50 +272,57 @@ class Model:
             self._is_judged = True
             self._call()
 
-    async def _is_back(self, song: asyncio.Task[tuple[Row | None, str, float]]) -> bool:
+    async def _is_back(self, song: asyncio.Task[tuple[tuple[Row, ...], str, float]]) -> bool:
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout_at(self._clock.now() + CANARY_GRACE_S):
                 await asyncio.wait({song})
         return song.done()
 
-    async def _sung(self, member: Member, timeout_s: float) -> tuple[Row | None, str, float]:
-        """Return an upstream's vector of the canary, or why there is none, and how long it took."""
+    async def _sung(self, member: Member, timeout_s: float) -> tuple[tuple[Row, ...], str, float]:
+        """Return an upstream's vectors of the canary texts, or why there are none, and how long it took."""
         start = self._clock.now()
         if not member.has_answered:
             timeout_s = max(timeout_s, member.upstream.first_answer_s)
-        row, problem = None, ""
+        rows: tuple[Row, ...] = ()
+        problem = ""
         try:
             async with self._clock.timeout_at(start + timeout_s):
-                row = await self._canary_of(member.upstream, start + timeout_s)
+                rows = await self._canary_of(member.upstream, start + timeout_s)
         except TimeoutError:
             problem = f"its canary took longer than {timeout_s:.3g} s"
         except EmbeddingError as error:
             problem = error.message
         except Exception as error:  # a defect of ours, but no reason to stop asking
             problem = f"internal error {type(error).__name__}"
-        return row, problem, self._clock.now() - start
+        return rows, problem, self._clock.now() - start
 
-    async def _canary_of(self, upstream: Upstream, deadline: float) -> Row:
-        batch = Batch(
-            spec=Spec(self._name),
-            inputs=(CANARY,),
-            size_bytes=len(CANARY),
-            deadline=deadline,
-            model=self._settings.upstream_model or self._name,
-            tokens=len(CANARY) / 4,
-        )
-        permit = await upstream.lease(batch.tokens, deadline)
-        return (await upstream.call(permit, replace(batch, lease=permit))).rows[0]
+    async def _canary_of(self, upstream: Upstream, deadline: float) -> tuple[Row, ...]:
+        """Ask for all of them in one call, if it takes so many."""
+        rows: tuple[Row, ...] = ()
+        while left := CANARIES[len(rows) :]:
+            texts = left[: upstream.limits.max_inputs]
+            size = sum(map(size_bytes, texts))
+            batch = Batch(
+                spec=Spec(self._name),
+                inputs=texts,
+                size_bytes=size,
+                deadline=deadline,
+                model=self._settings.upstream_model or self._name,
+                tokens=size / 4,
+            )
+            permit = await upstream.lease(batch.tokens, deadline)
+            rows += (await upstream.call(permit, replace(batch, lease=permit))).rows
+        return rows
 
-    def _judge(self, member: Member, row: Row | None, problem: str, seconds: float) -> None:
+    def _judge(self, member: Member, rows: tuple[Row, ...], problem: str, seconds: float) -> None:
         before = (member.is_verified, member.problem)
         member.problem = problem
-        if row is not None:
+        if rows:
             member.has_answered = True
-            member.problem = flaw(row, self.canary, self._settings.dimensions)
+            member.problem = flaw(rows, self.canary, self._settings.dimensions)
             member.is_verified = not member.problem
             if member.is_verified:
-                self.canary, member.good_at = self.canary or row, self._clock.now()
+                self.canary, member.good_at = self.canary or rows, self._clock.now()
                 self._judged()
         is_change = before != (member.is_verified, member.problem)
         self._observe(CanaryFinished(self._name, member.upstream.name, seconds, member.problem, changed=is_change))

@@ -17,13 +17,13 @@ from proxy.base.messages import Answer, Batch, Spec
 from proxy.base.settings import AttemptSettings, BucketSettings, CircuitSettings, ModelSettings
 from proxy.upstream.attempt import Attempt
 from proxy.upstream.balance import Balance
-from proxy.upstream.balance.canary import CANARY
+from proxy.upstream.balance.canary import CANARIES
 from proxy.upstream.balance.limit import Limit
 from proxy.upstream.balance.model import Model
 from proxy.upstream.balance.upstream import Permit, Upstream
 from proxy.upstream.bucket import Bucket
 from proxy.upstream.circuit import Circuit
-from tests.fakes.balance import RIGHT, ROOMY, Play, answer
+from tests.fakes.balance import ROOMY, Play, answer
 from tests.fakes.clock import HandClock, settle
 from tests.fakes.stage import make_batch, rows_of
 
@@ -64,7 +64,7 @@ async def test_what_canaries_have_shown() -> None:
     play["b"].hand_guard.open(5.0)
 
     assert before == ({"m": "; ".join(f"{n}: its first canary has not come back yet" for n in "ab")}, {}, {}, False)
-    assert after == ({"m": ""}, {"m": RIGHT}, {"m": 8}, True)
+    assert after == ({"m": ""}, {"m": rows_of(CANARIES)}, {"m": 8}, True)
     assert not play.balance.is_whole("m")
     assert play.balance.rest_s("m") == 5.0
 
@@ -311,7 +311,7 @@ class Load:
 
     def _end(self, server: Server, batch: Batch) -> Answer | errors.EmbeddingError:
         rng = self.rng
-        if batch.inputs == (CANARY,) and rng.random() < 0.8:
+        if batch.inputs == CANARIES and rng.random() < 0.8:
             return Server.answer(batch)
         ends: list[Any] = [Server.answer(batch)] * 8
         ends += [errors.UpstreamFailed("it broke"), errors.UpstreamTimeout("slow"), errors.BadVectors("nonsense")] * 2

@@ -8,8 +8,9 @@ import numpy
 import pytest
 
 from proxy.base.messages import Row
-from proxy.upstream.balance.canary import CANARY, LEAST_COSINE, flaw
+from proxy.upstream.balance.canary import CANARIES, LEAST_COSINE, flaw
 from tests.fakes.balance import RIGHT
+from tests.fakes.stage import rows_of
 from tests.fakes.upstream import vector
 
 
@@ -23,17 +24,17 @@ def turned(degrees: float) -> tuple[Row, Row]:
 @pytest.mark.parametrize(("width", "is_right"), [(0, True), (8, True), (7, False), (9, False)])
 def test_width_that_the_settings_say(width: int, is_right: bool) -> None:
     """A canary has the width of the settings, where they say one; the flaw names both."""
-    found = flaw(RIGHT, None, width)
+    found = flaw([RIGHT], None, width)
 
     assert found == ("" if is_right else f"its vectors have 8 numbers, the model's have {width}")
 
 
 def test_width_of_the_reference() -> None:
     """Where the settings leave the width open, the reference's is due."""
-    shorter = vector(CANARY, 4).tobytes()
+    shorter = vector(CANARIES[0], 4).tobytes()
 
-    assert flaw(shorter, RIGHT, 0) == "its vectors have 4 numbers, the model's have 8"
-    assert flaw(RIGHT, RIGHT, 0) == ""
+    assert flaw([shorter], [RIGHT], 0) == "its vectors have 4 numbers, the model's have 8"
+    assert flaw([RIGHT], [RIGHT], 0) == ""
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_width_of_the_reference() -> None:
 def test_cosine_around_its_bound(cosine: float, is_right: bool) -> None:
     """A canary lies where the reference lies; the flaw tells how far away it is."""
     one, other = turned(math.degrees(math.acos(cosine)))
-    found = flaw(other, one, 0)
+    found = flaw([other], [one], 0)
 
     assert (found == "") == is_right
     assert is_right or f"cosine {cosine:.4f}" in found
@@ -52,13 +53,13 @@ def test_opposite_direction() -> None:
     """The opposite of a vector is not the vector."""
     one, other = turned(180)
 
-    assert "cosine -1.0000" in flaw(other, one, 3)
+    assert "cosine -1.0000" in flaw([other], [one], 3)
 
 
 @pytest.mark.parametrize("length", [1e-3, 7.0, 1e6])
 def test_length_is_no_flaw(length: float) -> None:
     """Upstreams may normalise or not: only the direction counts."""
-    assert flaw((numpy.frombuffer(RIGHT, "<f4") * numpy.float32(length)).tobytes(), RIGHT, 0) == ""
+    assert flaw([(numpy.frombuffer(RIGHT, "<f4") * numpy.float32(length)).tobytes()], [RIGHT], 0) == ""
 
 
 @pytest.mark.parametrize("length", [1e30, 1e-30])
@@ -66,5 +67,19 @@ def test_direction_of_extreme_vectors(length: float) -> None:
     """Numbers that pass the gate are compared like any others, whatever their size."""
     one, other = (numpy.array(row, "<f4").tobytes() for row in ([length, length], [length, -length]))
 
-    assert "cosine 0.0000" in flaw(other, one, 2)
-    assert flaw(one, one, 2) == ""
+    assert "cosine 0.0000" in flaw([other], [one], 2)
+    assert flaw([one], [one], 2) == ""
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_one_text_of_several(index: int) -> None:
+    """A server that treats one of the texts in its own way is another one, whichever it is."""
+    rows = list(rows_of(CANARIES))
+    rows[index] = RIGHT if index else rows[1]
+
+    assert "lie elsewhere" in flaw(rows, rows_of(CANARIES), 8)
+
+
+def test_texts_of_different_width() -> None:
+    """All vectors have one width."""
+    assert flaw([RIGHT, RIGHT[4:]], None, 0) == "its vectors have 7 numbers, the model's have 8"

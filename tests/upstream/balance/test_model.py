@@ -11,12 +11,12 @@ import pytest
 from proxy.base import errors
 from proxy.base.events import CanaryFinished
 from proxy.base.lease import Outlook, Wait
-from proxy.base.messages import Answer, Spec
-from proxy.upstream.balance.canary import CANARY, CANARY_GRACE_S
+from proxy.base.messages import Answer, Limits, Spec, size_bytes
+from proxy.upstream.balance.canary import CANARIES, CANARY_GRACE_S
 from proxy.upstream.balance.upstream import Permit
 from tests.fakes.balance import ELSEWHERE, RIGHT, HandUpstream, Play, answer
 from tests.fakes.clock import settle
-from tests.fakes.stage import Call
+from tests.fakes.stage import Call, rows_of
 from tests.fakes.upstream import vector
 
 FAILED = errors.UpstreamFailed("it broke")
@@ -97,7 +97,7 @@ async def test_no_upstream_is_right() -> None:
     play = Play("a", "b", dimensions=8)
     retries = [play.retry(), play.retry()]
     await settle()
-    is_whole = await play.sing(errors.UpstreamFailed("no connection"), vector(CANARY, 4).tobytes())
+    is_whole = await play.sing(errors.UpstreamFailed("no connection"), vector(CANARIES[0], 4).tobytes())
     with pytest.raises(errors.NoUpstream) as caught:
         play.take()
     late = [await asyncio.gather(retry, return_exceptions=True) for retry in retries]
@@ -129,18 +129,32 @@ async def test_canary() -> None:
     round_ = asyncio.create_task(play.balance.sing("m", 20.0))
     call = await play["a"].scripted.next()
     await play.clock.advance(2)
-    call.answer(Answer((RIGHT,), 9, ""))
+    call.answer(Answer(rows_of(CANARIES), 9, ""))
     await round_
     batch = call.message
 
     assert play.model.is_whole
-    assert batch.inputs == (CANARY,)
+    assert batch.inputs == CANARIES
     assert batch.model == "the-real-name"
     assert batch.spec == Spec("m")
     assert batch.deadline == 1020.0
-    assert batch.size_bytes == len(CANARY)
+    assert batch.size_bytes == sum(map(size_bytes, CANARIES))
     assert play["a"].hand_pace.charged == [batch.tokens]
     assert play.events == [CanaryFinished("m", "a", 2.0, "", changed=True)]
+
+
+async def test_canary_of_a_server_that_takes_one_text_at_a_time() -> None:
+    """What the upstream takes in one call holds for the canary texts too: they go one after the other."""
+    play = Play("a", options={"limits": Limits(1, 1000)})
+    round_ = asyncio.create_task(play.balance.sing("m", 20.0))
+    for text in CANARIES:
+        call = await play["a"].scripted.next()
+        assert call.message.inputs == (text,)
+        call.answer(Answer(rows_of([text]), 9, ""))
+    await round_
+
+    assert play.model.canary == rows_of(CANARIES)
+    assert play.events == [CanaryFinished("m", "a", 0.0, "", changed=True)]
 
 
 async def test_repeated_canary() -> None:
@@ -271,7 +285,7 @@ async def test_first_answer_may_take_longer() -> None:
     first = asyncio.create_task(play.balance.sing("m", 20.0))
     call = await play["a"].scripted.next()
     await play.clock.advance(119.9)
-    call.answer(Answer((RIGHT,), 9, ""))
+    call.answer(Answer(rows_of(CANARIES), 9, ""))
     await ended(first)
     second = asyncio.create_task(play.balance.sing("m", 20.0))
     await settle()
