@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from proxy.base.clock import Clock
-from proxy.base.errors import CircuitOpen, DeadlineExceeded, EmbeddingError, NoUpstream, UpstreamDenied
+from proxy.base.errors import BadVectors, CircuitOpen, DeadlineExceeded, EmbeddingError, NoUpstream, UpstreamDenied
 from proxy.base.events import CanaryFinished, Observer
 from proxy.base.lease import Outlook, Wait
 from proxy.base.messages import FLOAT32_BYTES, Answer, Batch, Row, Spec, size_bytes
@@ -299,8 +299,9 @@ class Model:
     async def _canary_of(self, upstream: Upstream, deadline: float) -> tuple[Row, ...]:
         """Ask for all of them in one call, if it takes so many."""
         rows: tuple[Row, ...] = ()
-        while left := CANARIES[len(rows) :]:
-            texts = left[: upstream.limits.max_inputs]
+        step = upstream.limits.max_inputs
+        for first in range(0, len(CANARIES), step):
+            texts = CANARIES[first : first + step]
             size = sum(map(size_bytes, texts))
             batch = Batch(
                 spec=Spec(self._name),
@@ -312,6 +313,8 @@ class Model:
             )
             permit = await upstream.lease(batch.tokens, deadline)
             rows += (await upstream.call(permit, replace(batch, lease=permit))).rows
+        if len(rows) != len(CANARIES):
+            raise BadVectors(f"{len(rows)} vectors came for {len(CANARIES)} canary texts")
         return rows
 
     def _judge(self, member: Member, rows: tuple[Row, ...], problem: str, seconds: float) -> None:

@@ -248,7 +248,7 @@ async def test_canary_without_a_vector() -> None:
     (await play["a"].scripted.next()).answer(Answer((), 9, ""))
     await round_
 
-    assert play.shown["a"]["problem"] == "internal error IndexError"
+    assert play.shown["a"]["problem"] == "0 vectors came for 3 canary texts"
 
 
 async def test_canary_of_an_upstream_that_is_left_alone() -> None:
