@@ -88,6 +88,15 @@ class Drain:
             self._measured_at = now
         self._since = now if is_more else None
 
+    def looked_at(self, now: float, *, is_more: bool) -> None:
+        """
+        Begin anew from here, since what has just come back shows nothing.
+
+        It had taken all that waited when it left: had there been more, it would have carried more. The call for which a
+        server loads its model is such a one, and those who wait for it must not be told that all calls take so long.
+        """
+        self._since = now if is_more else None
+
     def rested(self, now: float) -> None:
         """Note that nothing waits, whatever was the last that was heard: a rest is no slow work."""
         self._since = None

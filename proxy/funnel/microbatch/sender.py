@@ -42,6 +42,8 @@ class Flight:
     left_at: float
     inputs: int
     tokens: float
+    is_full: bool = False
+    """It left others of its class waiting: what it carries shows how fast these leave."""
     trial: Trial | None = None
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -84,6 +86,7 @@ class Sender:
         self._lanes = Lanes(settings.bulk_share)
         self._portions = {priority: Portion(settings.patience_s) for priority in Priority}
         self._flying: Counter[Priority] = Counter()
+        self._flying_tokens = dict.fromkeys(Priority, 0.0)
         self._flights: set[Flight] = set()
         self._tokens = Tokens()
         self._drains = {priority: Drain() for priority in Priority}
@@ -141,10 +144,13 @@ class Sender:
         """
         Say how long it takes until so many tokens of a caller are done; zero while nothing waits or nobody knows.
 
-        Each class has a drain of its own: how fast it leaves beside the other one is measured, not guessed.
+        Each class has a drain of its own: how fast it leaves beside the other one is measured, not guessed. What is
+        under way has to come back first.
         """
         lane = self._lanes[priority]
-        return self._needs_s(priority, lane.ahead_of(caller, tokens)) if lane.waiting else 0.0
+        if not lane.waiting:
+            return 0.0
+        return self._needs_s(priority, self._flying_tokens[priority] + lane.ahead_of(caller, tokens))
 
     def backlog_s(self) -> float:
         """Say how long it takes until all that waits is done; zero while nobody knows."""
@@ -281,11 +287,13 @@ class Sender:
             left_at=now,
             inputs=sum(map(len, spans)),
             tokens=sum([span.tokens for span in spans]),
+            is_full=self._lanes[priority].waiting > 0,
             trial=trial,
         )
         lease.charge(flight.tokens)
         batch = _batch(flight)
         self._flying[priority] += flight.inputs
+        self._flying_tokens[priority] += flight.tokens
         self._flights.add(flight)
         for span in spans:
             span.part.flights.add(flight)
@@ -307,6 +315,7 @@ class Sender:
     def _flown(self, flight: Flight, task: asyncio.Task[None]) -> None:
         self._flights.discard(flight)
         self._flying[flight.priority] -= flight.inputs
+        self._flying_tokens[flight.priority] -= flight.tokens
         # Ended without a word, by a defect of ours or at the close: whoever waits for it has to hear of that.
         defect = None if task.cancelled() else task.exception()
         for span in flight.spans:
@@ -340,9 +349,13 @@ class Sender:
             self._tokens.learn(batch.size_bytes, flight.inputs, answer.tokens)
         for priority, drain in self._drains.items():
             waiting = self._lanes[priority].waiting
-            if waiting or drain.is_running:
-                tokens_done = sum([span.tokens for span in spans if span.part.request.priority is priority])
-                drain.done(now, tokens_done, is_more=bool(waiting))
+            if not waiting and not drain.is_running:
+                continue
+            if priority is flight.priority and not flight.is_full:
+                drain.looked_at(now, is_more=bool(waiting))
+                continue
+            tokens_done = sum([span.tokens for span in spans if span.part.request.priority is priority])
+            drain.done(now, tokens_done, is_more=bool(waiting))
         self._observe(BatchFinished(self._model, answer.upstream, flight.inputs, longest_s, answer.upstream_s))
 
     def _failed(self, flight: Flight, error: EmbeddingError) -> None:

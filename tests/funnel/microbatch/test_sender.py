@@ -1293,7 +1293,7 @@ async def test_alarm_of_callers_that_have_left() -> None:
 
 
 async def test_work_ahead() -> None:
-    """What waits ahead of a caller, at the rate at which it leaves at present, is how long it takes."""
+    """What is under way and waits ahead of a caller, at the rate at which it leaves, is how long it takes."""
     room = Room(limits=Limits(1, 1000))
     fresh = room.sender.expected_s("x", INTERACTIVE, 34.0)
     for _ in range(10):
@@ -1306,8 +1306,8 @@ async def test_work_ahead() -> None:
 
     assert (fresh, unknown) == (0, 0)
     assert room.sender.backlog_s() == pytest.approx(8)
-    assert room.sender.expected_s("flood", INTERACTIVE, 34.0) == pytest.approx(9)
-    assert room.sender.expected_s("x", INTERACTIVE, 34.0) == pytest.approx(2)
+    assert room.sender.expected_s("flood", INTERACTIVE, 34.0) == pytest.approx(1 + 9)
+    assert room.sender.expected_s("x", INTERACTIVE, 34.0) == pytest.approx(1 + 2)
     assert room.sender.expected_s("x", BULK, 34.0) == 0
     await finish(room)
     assert room.sender.backlog_s() == 0
@@ -1327,7 +1327,29 @@ async def test_work_ahead_of_several_slots() -> None:
         await settle()
         expected.append(room.sender.expected_s("test", INTERACTIVE, 34.0))
 
-    assert expected == [0, 0, 0, pytest.approx(5 * 9 / 4)]
+    assert expected == [0, 0, 0, pytest.approx(5 * (4 + 9) / 4)]
+    await finish(room)
+
+
+async def test_call_that_took_all_that_waited() -> None:
+    """A slow first call that left with the only text shows nothing of how fast many leave: nobody is refused for it."""
+    room = Room(limits=Limits(10, 1000))
+    room.comes("x" * 100)
+    await room.calls(("x" * 100,))
+    for _ in range(50):
+        room.comes("x" * 10, deadline=NOW + 99)
+    await room.clock.advance(20)
+    before = room.sender.expected_s("test", INTERACTIVE, 4.0)
+    [call] = [call for call in room.inner.calls if not call.future.done()]
+    answer(call, tokens=0)
+    await settle()
+    after_the_first = room.sender.expected_s("test", INTERACTIVE, 4.0)
+    await room.clock.advance(1)
+    answer(next(call for call in room.inner.calls if not call.future.done()), tokens=0)
+    await settle()
+
+    assert (before, after_the_first) == (0, 0)
+    assert room.sender.expected_s("test", INTERACTIVE, 4.0) == pytest.approx(4.1, abs=0.3)
     await finish(room)
 
 
@@ -1343,7 +1365,7 @@ async def test_work_of_the_other_class() -> None:
         answer(next(call for call in room.inner.calls if not call.future.done()), tokens=0)
         await settle()
 
-    assert room.sender.expected_s("test", INTERACTIVE, 34.0) == pytest.approx(2 * 4, rel=0.4)
+    assert room.sender.expected_s("test", INTERACTIVE, 34.0) == pytest.approx(2 * (1 + 4), rel=0.4)
     assert room.sender.expected_s("test", BULK, 3301.0) == pytest.approx(2 * 5, rel=0.4)
     await finish(room)
 

@@ -29,6 +29,9 @@ LATE_MS = 250.0
 """P1: nothing is answered later than its deadline and this."""
 TOLD_MS = 250.0
 """Nine of ten who are refused hear of it before a person notices a pause; the others had been tried before."""
+TOLD_BUSY_MS = 500.0
+"""A quarter of the deadline: while all connections to the proxy carry texts that will be answered, a newcomer waits for
+one of them, and then is refused at once."""
 HELD_MS = 100.0
 """Of the app's event loop, which shares one core with the proxy here: what a person does not notice."""
 
@@ -125,8 +128,10 @@ PROMISES: tuple[Promise, ...] = (
             lambda run, _: run.breaker_openings, at_least=1),
     Promise("back as soon as the upstream is", "from its return to the next vector", OUTAGES,
             lambda run, _: run.recovery_s, "s", at_most=2 * OPEN_S),
-    Promise("who is refused hears of it at once", "refusals, p90", ("errors", "dies", "overload"), _told_ms, "ms",
+    Promise("who is refused hears of it at once", "refusals, p90", ("errors", "dies"), _told_ms, "ms",
             at_most=TOLD_MS),
+    Promise("overload: who is refused hears of it soon", "refusals, p90", ("overload",), _told_ms, "ms",
+            at_most=TOLD_BUSY_MS),
     Promise("connections are reused", "texts that reached the upstream on an open connection", CONCURRENT,
             lambda run, _: run.upstream_reuse * 100, "%", at_least=80),
     Promise("connections are reused", "texts that reached the proxy on an open connection", CONCURRENT,
