@@ -171,8 +171,8 @@ class LifecycleSettings:
         why="a request may be on its way in; with 5 s, clients that reuse a connection within that lost none",
     )  # fmt: skip
     canary_interval_s: float = setting(
-        30.0, "Each upstream of a model embeds a canary text this often.", unit="s", low=0.1, high=86_400,
-        why="costs a few tokens; a paid upstream may want 300",
+        30.0, "Each upstream of a model embeds the canary texts this often.", unit="s", low=0.1, high=86_400,
+        why="costs forty tokens; a paid upstream may want 300",
     )  # fmt: skip
     canary_retry_s: float = setting(
         1.0, "After a failed canary the next one comes this soon, then twice as late each time, up to the interval.",
