@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -34,7 +35,41 @@ def socket_path(environ: Mapping[str, str] | None = None) -> str:
         return path
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         return f"{runtime}/embedding-sidecar.sock"
-    return f"/tmp/embedding-sidecar-{os.getuid()}/embedding-sidecar.sock"  # noqa: S108 - the proxy insists on owning it
+    return f"{_last_folder(os.getuid())}/embedding-sidecar.sock"
+
+
+def _last_folder(uid: int) -> str:
+    return f"/tmp/embedding-sidecar-{uid}"  # noqa: S108 - the proxy insists on owning it, and so do we
+
+
+def insist_on_ours(address: Address, uid: int | None = None) -> None:
+    """
+    Insist that the folder below /tmp, where nobody has named a socket, is not somebody else's.
+
+    Anybody can make a folder of that name there before the proxy does, listen in it, and read what we send.
+
+    Args:
+        uid: whose folder it has to be; None: this process's user.
+
+    Raises:
+        SidecarUnavailable: it is somebody else's, or others may write to it.
+    """
+    uid = os.getuid() if uid is None else uid
+    folder = os.path.dirname(address.path)
+    if folder != _last_folder(uid):
+        return
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return  # there is no such folder: connecting tells
+    if found.st_uid != uid or not stat.S_ISDIR(found.st_mode) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _unavailable(
+            "socket_not_ours",
+            f"{folder} does not belong to user {uid} alone, so who listens there may be anybody: remove it, or set "
+            "EMBEDDING_SIDECAR_SOCKET or XDG_RUNTIME_DIR",
+            None,
+            retryable=False,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import aiohttp
 
-from rag_adapter.address import cut_off, unreachable
+from rag_adapter.address import cut_off, insist_on_ours, unreachable
 from rag_adapter.errors import EmbeddingError, EmbeddingFailed
 from rag_adapter.settings import ClientSettings
 from rag_adapter.tally import Tally
@@ -60,6 +60,7 @@ class Exchange:
         return await self._exchanged("GET", self._address.origin + path)
 
     async def _exchanged(self, method: str, url: str, **options: Any) -> Answer:
+        insist_on_ours(self._address)
         try:
             # A redirect would carry texts and key to whomever it names.
             async with self._session.request(method, url, allow_redirects=False, **options) as response:

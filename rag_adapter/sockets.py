@@ -15,7 +15,7 @@ import re
 import socket
 import time
 
-from rag_adapter.address import Address, cut_off, unreachable
+from rag_adapter.address import Address, cut_off, insist_on_ours, unreachable
 from rag_adapter.errors import EmbeddingFailed
 from rag_adapter.tally import Tally
 from rag_adapter.wire import MAX_ANSWER_BYTES, Answer
@@ -45,6 +45,7 @@ class Connection:
         self.is_reusable = True
         """Whether a further request may be sent once the answer is read."""
         self.idle_since = 0.0
+        insist_on_ours(address)
         try:
             self._socket = _connected(address, _left_s(deadline))
         except TimeoutError as error:

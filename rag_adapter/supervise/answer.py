@@ -9,7 +9,7 @@ import contextlib
 import json
 from dataclasses import dataclass
 
-from rag_adapter.address import Address, unreachable
+from rag_adapter.address import Address, insist_on_ours, unreachable
 from rag_adapter.errors import SidecarUnavailable
 
 ANSWER_S = 2.0
@@ -32,6 +32,10 @@ class Answer:
 
 async def ask(path: str, timeout_s: float = ANSWER_S) -> Answer | None:
     """Ask who listens on a socket whether it is ready; None when nobody listens."""
+    try:
+        insist_on_ours(Address(path=path))
+    except SidecarUnavailable as error:
+        return Answer(0, error.message, error)
     try:
         async with asyncio.timeout(timeout_s):
             raw = await _got(path)

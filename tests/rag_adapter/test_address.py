@@ -7,11 +7,14 @@ import itertools
 import os
 import socket
 import ssl
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from proxy.wiring.config import default_socket, load
-from rag_adapter.address import Address, find, socket_path, unreachable
+from rag_adapter.address import Address, find, insist_on_ours, socket_path, unreachable
+from rag_adapter.errors import SidecarUnavailable
 
 VALUES = (None, "", "/run/user/7", "/tmp/with a space")
 ENVIRONMENTS = [
@@ -164,3 +167,38 @@ def test_why_there_is_no_connection(given: str, error: OSError, code: str, word:
     assert str(address) in str(found)
     assert word in str(found)
     assert found.__cause__ is error
+
+
+# --- the folder below /tmp ---
+
+SOMEBODY = 2_000_000_011
+"""A user that no machine has; so the folder that bears this number is nobody's but the test's."""
+
+
+@pytest.fixture
+def somebodys() -> Iterator[Path]:
+    """The folder of that user, made by this one."""
+    folder = Path(f"/tmp/embedding-sidecar-{SOMEBODY}")
+    folder.mkdir(mode=0o700)
+    yield folder
+    folder.rmdir()
+
+
+def test_folder_that_another_user_was_first_with(somebodys: Path) -> None:
+    """Anybody may make it, so who listens there is not known: nothing is sent."""
+    with pytest.raises(SidecarUnavailable) as caught:
+        insist_on_ours(Address(path=f"{somebodys}/embedding-sidecar.sock"), SOMEBODY)
+
+    assert (caught.value.code, caught.value.retryable) == ("socket_not_ours", False)
+    assert str(somebodys) in str(caught.value)
+
+
+def test_folder_that_is_named(somebodys: Path) -> None:
+    """Where the app or a variable names a socket, its folder is theirs to judge."""
+    insist_on_ours(Address(path=f"{somebodys}/embedding-sidecar.sock"), SOMEBODY + 1)
+    insist_on_ours(Address(host="localhost"))
+
+
+def test_folder_that_is_not_there() -> None:
+    """Then there is nobody to mistake for a sidecar."""
+    insist_on_ours(Address(path=f"/tmp/embedding-sidecar-{SOMEBODY}/embedding-sidecar.sock"), SOMEBODY)

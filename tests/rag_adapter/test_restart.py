@@ -156,6 +156,22 @@ def test_socket_without_rights(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_folder_of_somebody_else(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder below /tmp that another user was first with gets no text, whoever listens in it."""
+    monkeypatch.setattr("rag_adapter.address._last_folder", lambda _: str(folder))
+    folder.chmod(0o777)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "embedding-sidecar.sock"))
+        server.listen()
+        server.setblocking(False)
+        error = await asked(kind, str(folder / "embedding-sidecar.sock"))
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+    assert (type(error), error.code) == (SidecarUnavailable, "socket_not_ours")
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_many_texts_and_nobody_there(kind: str, folder: Path) -> None:
     """The same error, however many requests it would have been."""
     texts = [f"text {n}" for n in range(1000)]
