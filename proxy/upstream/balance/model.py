@@ -96,13 +96,15 @@ class Model:
                 return Wait()
             raise NoUpstream(f"no upstream of model {self._name!r} is ready ({self.problem()})", retry_after_s=1.0)
         now = self._clock.now()
+        # Asked once: a wait that is over a microsecond later would look like a lack of slots, and nobody would call.
+        paces = {upstream: upstream.pace.wait_s(least, wish) for upstream in verified}
         ready = [
             upstream
             for upstream in verified
-            if upstream.is_free and upstream.guard.wait_s(now) <= 0 and upstream.pace.wait_s(least, wish) <= 0
+            if upstream.is_free and upstream.guard.wait_s(now) <= 0 and paces[upstream] <= 0
         ]
         if not ready:
-            return self._wait(verified, now, least, wish)
+            return self._wait(verified, now, paces)
         return self._least_loaded([u for u in ready if u.name not in avoid] or ready)
 
     def _least_loaded(self, ready: list[Upstream]) -> Upstream:
@@ -114,7 +116,7 @@ class Model:
         two = ready if len(ready) <= 2 else self._rng.sample(ready, 2)
         return min(two, key=lambda upstream: upstream.load)
 
-    def _wait(self, verified: list[Upstream], now: float, least: float, wish: float) -> Wait:
+    def _wait(self, verified: list[Upstream], now: float, paces: dict[Upstream, float]) -> Wait:
         """
         Say when to ask again.
 
@@ -127,7 +129,7 @@ class Model:
         passing = [u for u in verified if u not in guarded and u not in denied]
         if not passing:
             raise _left_alone(guarded, denied)
-        paced = {u: wait_s for u in passing if (wait_s := u.pace.wait_s(least, wish)) > 0}
+        paced = {u: paces[u] for u in passing if paces[u] > 0}
         until = now + min((*guarded.values(), *paced.values()), default=math.inf)
         if len(paced) < len(passing):
             return Wait(until if until < math.inf else None)

@@ -973,3 +973,16 @@ async def test_snapshot() -> None:
             "b": {"is_verified": False, "problem": "down", "right_vector_age_s": None, **numbers, "latency": {}},
         },
     }
+
+
+async def test_wait_that_is_over_while_it_is_looked_at() -> None:
+    """A limit whose wait ends between two looks is no lack of slots: the answer names an instant, or is a slot."""
+    play = Play("a")
+    await play.sing()
+    waits = iter([1e-6, 0.0, 0.0])
+    play["a"].hand_pace.wait_s = lambda least, wish: next(waits)  # type: ignore[method-assign]
+
+    found = play.model.take(1.0, 1.0)
+
+    assert isinstance(found, Wait)
+    assert found.until == pytest.approx(play.clock.now() + 1e-6)
