@@ -104,6 +104,9 @@ class Desk:
 
     def _leave(self, entry: Entry) -> None:
         """Nobody waits for this entry any more; the last one out cancels the request."""
+        if entry.has_left:
+            return  # its deadline came, and its caller is cancelled before it has heard of that
+        entry.has_left = True
         parcel = entry.parcel
         if parcel is None:
             self.outbox.remove(entry)

@@ -30,8 +30,8 @@ class Entry:
     """What one call hands in: a text, or the texts of one request of `embed_many`."""
 
     __slots__ = (
-        "as_floats", "bodies", "deadline", "first", "future", "lane", "number", "parcel", "rows", "size_bytes", "space",
-        "spec", "traceparent",
+        "as_floats", "bodies", "deadline", "first", "future", "has_left", "lane", "number", "parcel", "rows",
+        "size_bytes", "space", "spec", "traceparent",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +70,8 @@ class Entry:
         """Fingerprint of the vector space, as the sidecar gives it."""
         self.number = 0
         """By order of arrival."""
+        self.has_left = False
+        """Nobody waits for it any more, and that has been counted."""
         self.parcel: Parcel | None = None
         """The request it travels in; None while it waits."""
         # Who waits for half a second does not travel with who waits for a minute: the request has the longest patience

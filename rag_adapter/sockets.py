@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import queue
 import re
+import select
 import socket
 import time
 
@@ -54,6 +55,12 @@ class Connection:
             raise unreachable(address, error) from error  # the system's own patience with a silent host
         except OSError as error:
             raise unreachable(address, error) from error
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come since the last answer: neither an end, nor what would pass for the next answer."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not self._buffer and not poll.poll(0)
 
     def fileno(self) -> int:
         """For poll(): readable means that the answer begins, or that there will be none."""
@@ -173,8 +180,11 @@ class Connection:
 
     def _received(self, deadline: float) -> int:
         try:
-            self._socket.settimeout(_left_s(deadline))
+            # What is there already is read after the deadline as well: it came in time, we come late.
+            self._socket.settimeout(max(0.0, deadline - time.monotonic()))
             found = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            raise TimeoutError from None
         except TimeoutError:
             raise
         except OSError as error:
@@ -219,7 +229,7 @@ class Pool:
                 _get(self._bulk_permits, deadline, can_wait=can_wait)
             try:
                 _get(self._permits, deadline, can_wait=can_wait)
-            except queue.Empty:
+            except BaseException:  # also what a signal handler raises, such as a job's time limit
                 if is_bulk:
                     self._bulk_permits.put(None)
                 raise
@@ -279,7 +289,7 @@ class Pool:
                 connection = self._idle.pop()
             except IndexError:
                 return None
-            if time.monotonic() - connection.idle_since < IDLE_S:
+            if time.monotonic() - connection.idle_since < IDLE_S and connection.is_quiet():
                 return connection
             self._drop(connection)
         return None

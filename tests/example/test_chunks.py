@@ -49,3 +49,10 @@ def test_no_word_of_a_page_is_lost() -> None:
         found = [line for passage in chunks(text) for line in passage.splitlines() if not line.startswith("#")]
 
         assert " ".join(found).split() == " ".join(body).split(), page.name
+
+
+def test_heading_as_long_as_a_book() -> None:
+    """It stands on each passage, but not all of it: a text does not grow by being cut."""
+    text = "# " + "x" * 100_000 + "\n\n" + "word " * 20_000
+
+    assert sum(map(len, chunks(text))) < 1.5 * len(text)

@@ -138,6 +138,15 @@ async def test_upstream_that_answers_nonsense(service: Service, upstream: FakeUp
     assert (await service.get("/documents")).document == {"note": 1}
 
 
+async def test_text_that_cannot_be_stored(service: Service) -> None:
+    """PostgreSQL takes no NUL, which texts from PDF often have: told before anything is paid for."""
+    answer = await service.take_in(birds="Ravens\0 and crows.")
+
+    assert (answer.status, answer.error["code"]) == (422, "invalid_request")
+    assert "NUL" in answer.error["message"]
+    assert "Ravens" not in str(answer.document)
+
+
 async def test_text_that_the_upstream_refuses(service: Service, upstream: FakeUpstream) -> None:
     """422, and nothing of the document is taken in: it comes whole or not at all."""
     refusal = {"error": {"message": "too long", "type": "invalid_request_error", "code": "string_above_max_length"}}

@@ -239,7 +239,7 @@ async def test_connection_that_breaks(client: SyncEmbeddingClient, peer: FakeUps
 
 
 async def test_idle_connections_that_were_closed(client: SyncEmbeddingClient, peer: FakeUpstream) -> None:
-    """All of them are stale after a restart; one more attempt is enough."""
+    """All of them are stale after a restart; who has seen it opens a new one, who has not tries once more."""
     gate = asyncio.Event()
     peer.always = Fault(wait_for=gate)
     calls = [asyncio.create_task(asyncio.to_thread(client.embed, f"text {n}")) for n in range(4)]
@@ -250,7 +250,8 @@ async def test_idle_connections_that_were_closed(client: SyncEmbeddingClient, pe
     await asyncio.sleep(0)
 
     assert await asyncio.to_thread(client.embed, "a") == right("a")
-    assert client.snapshot().reconnects == 1
+    assert client.snapshot().reconnects <= 1
+    assert client.snapshot().connections_opened == 5
 
 
 async def test_bulk_comes_back_when_it_is_told_to(client: SyncEmbeddingClient, peer: FakeUpstream) -> None:

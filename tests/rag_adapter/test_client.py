@@ -284,6 +284,28 @@ async def test_cancelled_caller_leaves_its_mates_alone(client: EmbeddingClient, 
     assert isinstance(found[1], asyncio.CancelledError)
 
 
+async def test_caller_who_is_cancelled_as_its_deadline_comes(peer: FakeUpstream) -> None:
+    """Both in one turn of the loop are one who leaves: its mates keep their request."""
+    gate = asyncio.Event()
+    peer.script = [Fault(wait_for=gate)]
+    loop = asyncio.get_running_loop()
+    async with EmbeddingClient(peer.root_url, model="m", max_connections=1, timeout_s=PATIENT_S) as client:
+        hasty = asyncio.create_task(client.embed("hasty", timeout_s=PATIENT_S * 0.7))
+        patient = asyncio.create_task(client.embed("patient", timeout_s=PATIENT_S * 0.9))
+        await until(lambda: peer.inside == 1)
+        (desk,) = client._desks.values()
+        (entry, _) = next(iter(desk._tasks)).get_coro().cr_frame.f_locals["parcel"].entries
+        loop.call_soon(desk._expire, entry)
+        loop.call_soon(hasty.cancel)
+        await asyncio.wait({hasty})
+        gate.set()
+        found = await patient
+
+    assert hasty.cancelled()
+    assert found == right("patient")
+    assert [seen.inputs for seen in peer.seen] == [["hasty", "patient"]]
+
+
 @pytest.mark.parametrize("by_deadline", [False, True])
 async def test_last_one_out_cancels_the_request(peer: FakeUpstream, by_deadline: bool) -> None:
     """When nobody waits any more the sidecar is told so, by the end of the connection."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import signal
 import socket
 import threading
 import time
@@ -255,6 +257,94 @@ def test_connection_that_has_been_idle_for_long() -> None:
 
     assert second is not first
     assert first.fileno() == -1
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read with the answer", "still in the socket"])
+def test_connection_with_a_second_answer(is_read: bool) -> None:
+    """What nobody has asked for would pass for the answer to the next request: the connection is closed."""
+    one = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1"
+    gone = threading.Event()
+
+    def say(taken: socket.socket) -> None:
+        taken.recv(100)
+        taken.sendall(one + one if is_read else one)
+        if not is_read:
+            taken.recv(1, socket.MSG_PEEK)  # the first one has been read by now
+            taken.sendall(one)
+        gone.wait(FAR_S)
+
+    with peer(say) as address:
+        deadline = time.monotonic() + FAR_S
+        connection = Connection(address, deadline)
+        connection.send(b"GET / HTTP/1.1\r\n\r\n", deadline)
+        answer = connection.receive(deadline)
+        was_quiet = connection.is_quiet()
+        if not is_read:
+            connection.send(b"x", deadline)
+            select.select([connection], [], [], FAR_S)
+        is_quiet = connection.is_quiet()
+        gone.set()
+        connection.close()
+
+    assert answer.body == b"1"
+    assert (was_quiet, is_quiet) == (not is_read, False)
+
+
+def test_connection_that_was_closed_over_there() -> None:
+    """An idle connection that has ended is not lent again."""
+    with peer(lambda taken: None, connections=2) as address:
+        pool = Pool(address, Tally(), connections=1, bulk_connections=1)
+        first = lent(pool)
+        select.select([first], [], [], FAR_S)
+        pool.release(first, is_bulk=False, is_whole=True)
+        second = lent(pool)
+        pool.release(second, is_bulk=False, is_whole=False)
+
+    assert second is not first
+    assert first.fileno() == -1
+
+
+def test_answer_that_is_there_when_its_reader_comes_late() -> None:
+    """It came in time, so it counts; what is still to come does not."""
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    for said, is_there in ((whole, True), (whole[:-1], False)):
+        gone = threading.Event()
+
+        def say(taken: socket.socket, said: bytes = said, gone: threading.Event = gone) -> None:
+            taken.sendall(said)
+            gone.wait(FAR_S)
+
+        with peer(say) as address:
+            connection = Connection(address, time.monotonic() + FAR_S)
+            select.select([connection], [], [], FAR_S)
+            with contextlib.nullcontext() if is_there else pytest.raises(TimeoutError):
+                assert connection.receive(time.monotonic() - 1).body == b"ok"
+            gone.set()
+            connection.close()
+
+
+def test_permit_of_bulk_when_the_wait_is_broken_off() -> None:
+    """A job's time limit, raised by a signal's handler, takes no permit with it."""
+
+    class TimeLimit(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with pool_of(1, bulk=1) as pool:
+            held = lent(pool)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(TimeLimit):
+                take(pool, is_bulk=True)
+            pool.release(held, is_bulk=False, is_whole=True)
+            bulk = take(pool, is_bulk=True, can_wait=False)
+            assert bulk is not None
+            pool.release(bulk, is_bulk=True, is_whole=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_bound_of_connections() -> None:

@@ -21,7 +21,7 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from rag_adapter import (
     DeadlineExceeded,
@@ -44,11 +44,21 @@ RETRY_AFTER_S = 1.0
 """Where nobody says how long it takes: a restart of the sidecar is over by then."""
 
 
+def _storable(text: str) -> str:
+    """PostgreSQL stores every character but NUL, which texts taken from PDF often have."""
+    if "\0" in text:
+        raise ValueError("holds the character NUL, which cannot be stored")
+    return text
+
+
+Storable = Annotated[str, AfterValidator(_storable)]
+
+
 class Document(BaseModel):
     """A text to take in."""
 
-    name: str = Field(min_length=1, max_length=200)
-    text: str = Field(min_length=1, max_length=2_000_000)
+    name: Storable = Field(min_length=1, max_length=200)
+    text: Storable = Field(min_length=1, max_length=2_000_000)
 
 
 class Documents(BaseModel):

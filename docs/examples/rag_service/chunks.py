@@ -15,6 +15,9 @@ MOST_CHARS = 800
 """About 200 tokens of English: a few paragraphs, small enough that a passage is about one thing. The heading comes on
 top."""
 
+MOST_HEADING_CHARS = 200
+"""It stands on top of each passage, so a long one would come a hundred times."""
+
 _BLANK = re.compile(r"\n\s*\n")
 _ENDS = ("\n", ". ", " ")
 """Where a paragraph that is too long may end, the best first."""
@@ -35,6 +38,7 @@ def chunks(text: str, most_chars: int = MOST_CHARS) -> list[str]:
         if paragraph.startswith("#"):
             end_passage()
             heading, _, rest = paragraph.partition("\n")
+            heading = heading[:MOST_HEADING_CHARS]
         else:
             rest = paragraph
         for piece in _pieces(rest, most_chars):
