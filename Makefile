@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENV_EXAMPLE := .venv-example
 
-.PHONY: run test check format test-clients example test-example test-real figures bench load docs clean help
+.PHONY: run test check format test-clients example test-example test-real figures bench bench-adapter load docs clean help
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ figures: $(VENV)/installed-test  ## Print the figures of docs/operations.md
 
 bench: $(VENV)/installed-test  ## Measure speed and memory against the targets (ARGS="--only single-64", --list)
 	@$(BIN)/python -m tests.load.bench $(ARGS)
+
+bench-adapter: $(VENV)/installed-test  ## Measure the adapter against its targets (ARGS="--tools DIR")
+	@$(BIN)/python -m tests.load.adapter $(ARGS)
 
 load: $(VENV)/installed-test  ## Before and after under load, with a report in build/load (ARGS="--quick", "--only dies", --list)
 	@$(BIN)/python -m tests.load.suite $(ARGS)

@@ -6,6 +6,7 @@ Speed, memory and fairness, measured: `make bench`, `make load`, `make figures`,
     processes     mock, yardstick, proxy and generator as processes on cores of their own
     results       the arithmetic: medians, ideals, rows of the table
     profile_cpu   CPU per request, by scenario and by stage
+    adapter       the speed of rag_adapter, with its targets: `make bench-adapter`
     suite/        before and after: the old method, its first repair and the adapter under load, with a report
     figures       start to ready, and memory, for docs/operations.md
     mock          an upstream that costs next to nothing
