@@ -15,7 +15,7 @@ from proxy.base.messages import FLOAT32_BYTES, Row
 CANARIES = (
     "The quick brown fox jumps over the lazy dog.",
     "Zürich, 北京 und São Paulo: naïve café, 3,50 €",
-    "def add(a, b):\n    return a + b  # TODO: 2 + 2 == 4",
+    "def add(a, b):\n    return a + b  # 2 + 2 == 4",
 )
 """Plain words, other scripts, code: what a tokenizer, a prefix or a normalisation that is not the model's treats in a
 way of its own. Forty tokens, which cost nothing."""
