@@ -21,8 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import openai
-
 from rag_adapter import EmbeddingClient, SyncEmbeddingClient
 from tests.load.bench import TOOLS_VARIABLE
 from tests.load.processes import MODEL, Rig
@@ -63,16 +61,14 @@ async def warm_ms(socket_path: str) -> float:
 async def thousand(socket_path: str, *, as_numpy: bool) -> tuple[float, float]:
     """Return texts per second, and how long the loop was held at the most, ms."""
     held_s = done = 0.0
-    begin = time.perf_counter() + RAMP_S
-    end = begin + SECONDS
+    begin = end = 0.0
 
     async def beat() -> None:
         nonlocal held_s
         while True:
             start = time.perf_counter()
             await asyncio.sleep(BEAT_S)
-            if start > begin:
-                held_s = max(held_s, time.perf_counter() - start - BEAT_S)
+            held_s = max(held_s, time.perf_counter() - start - BEAT_S)
 
     async def caller(number: int) -> None:
         nonlocal done
@@ -83,6 +79,9 @@ async def thousand(socket_path: str, *, as_numpy: bool) -> tuple[float, float]:
             done += now > begin
 
     async with EmbeddingClient(socket_path, model=MODEL) as client:
+        await client.embed("what is loaded at the first call", as_numpy=as_numpy)
+        begin = time.perf_counter() + RAMP_S
+        end = begin + SECONDS
         beating = asyncio.create_task(beat())
         await asyncio.gather(*(caller(number) for number in range(CALLERS)))
         beating.cancel()
@@ -108,19 +107,8 @@ def by_threads(call: Callable[[], object]) -> float:
 
 
 def rows(rig: Rig) -> list[Row]:
-    """Measure everything."""
+    """Measure everything, the app's loop first: each object that a process holds is a little more for its collector."""
     found = [Row("import", "rag_adapter with EmbeddingClient", import_ms(), "ms", below=150.0)]
-    with rig.mock() as mock, rig.sidecar(mock) as sidecar:
-        found.append(Row("warm", "one cached text, p50", asyncio.run(warm_ms(sidecar.socket_path)), "ms", below=0.5))
-        theirs = openai.OpenAI(base_url=f"http://{sidecar.address}/v1", api_key="unused", max_retries=0)
-        with theirs, SyncEmbeddingClient(sidecar.socket_path, model=MODEL) as ours:
-            mine = by_threads(lambda: ours.embed("a text that is known"))
-            other = by_threads(lambda: theirs.embeddings.create(model=MODEL, input="a text that is known"))
-    found += [
-        Row("threads", "SyncEmbeddingClient", mine, "calls/s"),
-        Row("threads", "openai", other, "calls/s"),
-        Row("threads", "SyncEmbeddingClient ÷ openai", mine / other, "×", at_least=3.0),
-    ]
     limits = {"base_ms": BASE_MS, "per_item_ms": PER_INPUT_MS, "max_concurrent": SLOTS, "overflow": "queue"}
     best = ideal(SLOTS, CALLERS, base_ms=BASE_MS, per_input_ms=PER_INPUT_MS)
     found.append(Row("thousand", "ideal", best, "texts/s"))
@@ -131,6 +119,19 @@ def rows(rig: Rig) -> list[Row]:
             Row("thousand", f"{kind}, of the ideal", per_s / best * 100, "%", at_least=90.0),
             Row("thousand", f"{kind}, the app's loop held", held_ms, "ms", at_most=20.0),
         ]
+    with rig.mock() as mock, rig.sidecar(mock) as sidecar:
+        found.append(Row("warm", "one cached text, p50", asyncio.run(warm_ms(sidecar.socket_path)), "ms", below=0.5))
+        import openai
+
+        theirs = openai.OpenAI(base_url=f"http://{sidecar.address}/v1", api_key="unused", max_retries=0)
+        with theirs, SyncEmbeddingClient(sidecar.socket_path, model=MODEL) as ours:
+            mine = by_threads(lambda: ours.embed("a text that is known"))
+            other = by_threads(lambda: theirs.embeddings.create(model=MODEL, input="a text that is known"))
+    found += [
+        Row("threads", "SyncEmbeddingClient", mine, "calls/s"),
+        Row("threads", "openai", other, "calls/s"),
+        Row("threads", "SyncEmbeddingClient ÷ openai", mine / other, "×", at_least=3.0),
+    ]
     return found
 
 
